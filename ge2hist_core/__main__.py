@@ -1,0 +1,47 @@
+"""``python -m ge2hist_core simulate | pretrain | embed | train | evaluate``: the engine from the command line.
+
+Each command is a module with ``add_arguments(parser)`` and ``main(args)``; modules are imported when their command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ge2hist_core.types import BadInput
+
+COMMANDS = {
+    "simulate": ("ge2hist_core.simulator.command", "write a known-truth tissue as a SpatialData store"),
+    "pretrain": ("ge2hist_core.pretraining", "train a small scGPT on the cells of a store"),
+    "embed": ("ge2hist_core.embedding", "write scGPT embeddings of an h5ad's cells"),
+    "train": ("ge2hist_core.training", "train a GE2Hist bundle on a store"),
+    "train-reader": ("ge2hist_core.nuclei_training", "train the nuclei reader of a bundle on a store"),
+    "evaluate": ("ge2hist_core.evaluation", "compare a bundle's pictures with real tiles of the same cells"),
+}
+
+
+def run_command(prog: str, description: str, commands: dict[str, tuple[str, str]], argv: Sequence[str] | None) -> int:
+    """Parse ``argv`` and run the chosen command. Exit code 2 and one sentence for bad input, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in commands.items():
+        child = sub.add_parser(name, help=text, description=text)
+        if argv and argv[0] == name:
+            importlib.import_module(module).add_arguments(child)
+    args = parser.parse_args(argv)
+    try:
+        importlib.import_module(commands[args.command][0]).main(args)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("python -m ge2hist_core", __doc__ or "", COMMANDS, None))

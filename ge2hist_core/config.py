@@ -1,0 +1,143 @@
+"""Configuration is data: frozen dataclasses, presets, JSON. Also the vocabulary of cell types."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ge2hist_core.types import BadInput
+
+__all__ = [
+    "CELL_TYPES",
+    "PRESETS",
+    "READER_CLASSES",
+    "TILE_PX",
+    "UM_PER_PX",
+    "VISIBLE_CLASS",
+    "ModelConfig",
+    "SampleConfig",
+    "TrainConfig",
+    "from_json",
+    "to_json",
+]
+
+TILE_PX = 128
+UM_PER_PX = 0.5
+
+CELL_TYPES = (
+    "Tumour epithelium",
+    "Proliferating tumour",
+    "Luminal epithelium",
+    "Fibroblast",
+    "Endothelium",
+    "CD4 T cell",
+    "CD8 T cell",
+    "B cell",
+    "Plasma cell",
+    "Macrophage",
+)
+"""Cell types of the known-truth tissue, the order is that of every type axis."""
+
+VISIBLE_CLASS = {name: "Lymphocyte" if name in ("CD4 T cell", "CD8 T cell", "B cell") else name for name in CELL_TYPES}
+"""What H&E can tell apart: CD4 T, CD8 T and B cells are all small round lymphocytes."""
+
+READER_CLASSES = tuple(dict.fromkeys(VISIBLE_CLASS.values()))
+"""Classes that the nuclei reader names; composition is counted over these."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of every trained part. ``d_c + d_e`` is the paper's 64-D z_s."""
+
+    embedding_dim: int = 256
+    d_c: int = 32
+    d_e: int = 32
+    vae_hidden: int = 256
+    tile_px: int = TILE_PX
+    um_per_px: float = UM_PER_PX
+    latent_px: int = 16
+    latent_channels: int = 8
+    ae_channels: tuple[int, ...] = (64, 128)
+    unet_channels: tuple[int, ...] = (128, 192, 256)
+    layers_per_block: int = 1
+    condition_tokens: int = 8
+    condition_dim: int = 128
+    train_timesteps: int = 1000
+    cell_types: tuple[str, ...] = CELL_TYPES
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the parts are trained. ``beta`` and ``gamma`` are the paper's, equation (9)."""
+
+    steps: int = 20000
+    batch_size: int = 32
+    learning_rate: float = 3e-4
+    warmup_steps: int = 300
+    ema: float = 0.999
+    beta: float = 0.2
+    gamma: float = 0.1
+    reconstruction: float = 0.1
+    condition_dropout: float = 0.1
+    vae_steps: int = 2000
+    autoencoder_steps: int = 3000
+    autoencoder_batch: int = 16
+    checkpoint_every: int = 250
+    mixed_precision: str = "no"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How a picture is drawn. Part of the Recipe: few steps spread too little."""
+
+    solver: str = "dpm++"
+    steps: int = 16
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.solver not in ("ddpm", "ddim", "dpm++"):
+            raise BadInput(f"solver is {self.solver!r}: choose ddpm, ddim or dpm++.")
+        if not (isinstance(self.steps, int) and 1 <= self.steps <= 1000):
+            raise BadInput(f"steps is {self.steps!r}: choose a whole number from 1 to 1000.")
+        if not 0 <= self.guidance <= 10:
+            raise BadInput(f"guidance is {self.guidance!r}: choose a number from 0 to 10.")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named pair of model and training configuration."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+PRESETS: dict[str, Preset] = {
+    "demo": Preset(),
+    "paper": Preset(
+        ModelConfig(unet_channels=(192, 384, 512), layers_per_block=2),
+        TrainConfig(steps=400_000, batch_size=128, learning_rate=1e-4, mixed_precision="bf16", ema=0.9999),
+    ),
+}
+
+T = TypeVar("T")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Dataclass -> plain dict that :func:`from_json` reads back to an equal dataclass."""
+    return dataclasses.asdict(config)
+
+
+def from_json(cls: type[T], value: dict[str, Any]) -> T:
+    """Plain dict -> dataclass. Unknown fields are refused by name; lists become tuples.
+
+    Raises
+    ------
+    BadInput: a field that ``cls`` does not have.
+    """
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(value) - known)
+    if unknown:
+        raise BadInput(f"Unknown field {unknown[0]!r} in {cls.__name__}: known are {', '.join(sorted(known))}.")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})

@@ -1,0 +1,1 @@
+"""Known-truth tissue: genes -> programmes -> nuclei (``tissue``), H&E (``rendering``), counts (``expression``)."""
