@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial import cKDTree
+from scipy.special import erfinv, expit
 
 from ge2hist_core.rng import stream
 from ge2hist_core.simulator import programmes as effects
@@ -37,10 +38,6 @@ PROGRAMME_SCALE = 0.75
 PROGRAMME_SIGMA_UM = 45.0
 CANDIDATES_PER_MM2 = 26000.0
 """Ceiling of one type's intensity; candidates are drawn at this density and thinned."""
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1.0 / (1.0 + np.exp(-x))
 
 
 def _gaussian_field(rng: np.random.Generator, n: int, sigma_um: float) -> np.ndarray:
@@ -152,7 +149,7 @@ def _driver_levels(seed: int, donor: int, n: int, factors: Mapping[str, float]) 
 def _architecture(seed: int, donor: int, n: int, fields: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Nests, glands with lumen, lymphoid aggregates, collagen and its direction."""
     rng = stream(seed, "architecture", donor)
-    nest = 0.85 * _gaussian_field(rng, n, 20.0) + 0.5 * _gaussian_field(rng, n, 8.0)
+    nest = 0.9 * _gaussian_field(rng, n, 20.0) + 0.35 * _gaussian_field(rng, n, 9.0)
     gland = _gaussian_field(rng, n, 50.0)
     ravel = _gaussian_field(rng, n, 5.0)
     wander = _gaussian_field(rng, n, 40.0)
@@ -163,11 +160,11 @@ def _architecture(seed: int, donor: int, n: int, fields: Mapping[str, np.ndarray
         threshold = threshold + shift * np.clip(fields[programme], -3, 3)
     # Low cohesion frays the border of the nests: single cells and cords leave them.
     fray = 0.45 * np.exp(-0.45 * np.clip(fields["cohesion"], -3, 3))
-    depth = nest + fray * ravel - threshold
-    luminal = _sigmoid((gland - gland_threshold) / 0.12)
+    luminal = expit((gland - gland_threshold) / 0.12)
+    depth = nest + (1 - 0.7 * luminal) * fray * ravel - threshold
     # Normal glands are open in their middle; tumour nests are mostly solid.
-    epithelium = _sigmoid(depth / 0.10)
-    lumen = luminal * _sigmoid((depth - 0.85) / 0.06) + (1 - luminal) * _sigmoid((depth - 1.9) / 0.06)
+    epithelium = expit(depth / 0.10)
+    lumen = luminal * expit((depth - 1.0) / 0.06) + (1 - luminal) * expit((depth - 1.9) / 0.06)
 
     aggregate = np.zeros((n, n))
     count = rng.poisson(14.0 * (n * GRID_UM / 1000.0) ** 2)
@@ -177,7 +174,7 @@ def _architecture(seed: int, donor: int, n: int, fields: Mapping[str, np.ndarray
         infiltration = _at(fields["immune_infiltration"], np.array([[x, y]]))[0]
         intercept, slope = effects.AGGREGATE_SHARE
         size = r * np.clip(1 + 0.15 * infiltration, 0.6, 1.4)
-        if u < _sigmoid(np.array(intercept + slope * infiltration)):
+        if u < expit(intercept + slope * infiltration):
             distance2 = ((yx[1] - x) ** 2 + (yx[0] - y) ** 2) / size**2
             aggregate = np.maximum(aggregate, np.exp(-(distance2**2)))
     aggregate = aggregate * (1 - epithelium)
@@ -207,7 +204,7 @@ def _vessels(seed: int, donor: int, size_um: float, fields: Mapping[str, np.ndar
     b = a * rng.uniform(0.45, 0.95, count)
     angle, mark = rng.uniform(0, np.pi, count), rng.random(count)
     intercept, slope = effects.VESSEL_SHARE
-    share = _sigmoid(intercept + slope * _at(fields["angiogenesis"], xy))
+    share = expit(intercept + slope * _at(fields["angiogenesis"], xy))
     share *= (1 - _at(fields["epithelium"], xy)) * (1 - 0.7 * _at(fields["aggregate"], xy))
     vessels = pd.DataFrame({"x_um": xy[:, 0], "y_um": xy[:, 1], "a_um": a, "b_um": b, "angle": angle})
     vessels["key"] = np.arange(count)
@@ -221,7 +218,7 @@ def _vessel_lumen(vessels: pd.DataFrame, n: int) -> np.ndarray:
         dx, dy = yx[1] - v.x_um, yx[0] - v.y_um
         u = (dx * np.cos(v.angle) + dy * np.sin(v.angle)) / v.a_um
         w = (-dx * np.sin(v.angle) + dy * np.cos(v.angle)) / v.b_um
-        lumen = np.maximum(lumen, _sigmoid((1 - np.hypot(u, w)) * 6.0))
+        lumen = np.maximum(lumen, expit((1 - np.hypot(u, w)) * 6.0))
     return lumen
 
 
@@ -280,12 +277,12 @@ def _add_shapes(seed: int, donor: int, nuclei: pd.DataFrame, fields: Mapping[str
     xy = nuclei[["x_um", "y_um"]].to_numpy()
     draws = _draws_by_key(seed, donor, nuclei["key"].to_numpy())
     intercept, slope = effects.PROLIFERATING_SHARE
-    proliferates = draws[:, 0] < _sigmoid(intercept + slope * _at(fields["proliferation"], xy))
+    proliferates = draws[:, 0] < expit(intercept + slope * _at(fields["proliferation"], xy))
     tumour = (nuclei["cell_type"] == "Tumour epithelium").to_numpy()
     cell_type = nuclei["cell_type"].to_numpy(dtype=object)
     cell_type[tumour & proliferates] = "Proliferating tumour"
 
-    normal = np.sqrt(2.0) * _erfinv(2 * draws[:, 1:6].clip(1e-6, 1 - 1e-6) - 1)
+    normal = np.sqrt(2.0) * erfinv(2 * draws[:, 1:6].clip(1e-6, 1 - 1e-6) - 1)
     size = np.array([effects.NUCLEUS[name] for name in cell_type])
     donor_scale = np.exp(0.05 * stream(seed, "nuclear_size", donor).standard_normal())
     pleomorphism = np.where(np.isin(cell_type, ("Tumour epithelium", "Proliferating tumour")), 0.13, 0.07)
@@ -309,12 +306,6 @@ def _add_shapes(seed: int, donor: int, nuclei: pd.DataFrame, fields: Mapping[str
         chromatin=(size[:, 2] + 0.10 * normal[:, 4]).clip(0, 1),
         darkness=(size[:, 3] + 0.07 * normal[:, 1] + 0.03 * _at(fields["hypoxia"], xy) * tumour).clip(0.05, 1),
     )
-
-
-def _erfinv(x: np.ndarray) -> np.ndarray:
-    from scipy.special import erfinv
-
-    return erfinv(x)
 
 
 def _angle_at(angle: np.ndarray, xy_um: np.ndarray) -> np.ndarray:
