@@ -8,11 +8,12 @@ a batch of any size.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-__all__ = ["normal", "stream", "uniforms"]
+__all__ = ["hash_keys", "normal", "pair_uniforms", "stream", "uniforms"]
 
 
 def _key(seed: int, name: str, index: tuple[int | str, ...]) -> int:
@@ -32,18 +33,47 @@ def stream(seed: int, name: str, *index: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=_key(seed, name, index)))
 
 
-def uniforms(seed: int, name: str, keys: list[str], *index: int | str) -> np.ndarray:
+def hash_keys(seed: int, name: str, keys: Sequence[str], *index: int | str) -> np.ndarray:
+    """One 64-bit hash per key, ``[key]`` uint64, each depending on (seed, name, index, key) alone."""
+    prefix = hashlib.blake2b("\x1f".join([str(int(seed)), name, *map(str, index), ""]).encode(), digest_size=8)
+    out = np.empty(len(keys), dtype=np.uint64)
+    for i, key in enumerate(keys):
+        h = prefix.copy()
+        h.update(key.encode())
+        out[i] = int.from_bytes(h.digest(), "little")
+    return out
+
+
+def uniforms(seed: int, name: str, keys: Sequence[str], *index: int | str) -> np.ndarray:
     """One number in [0, 1) per key, ``[key]`` float64, each depending on (seed, name, index, key) alone.
 
     A hash, not a sequence: removing or reordering keys leaves the numbers of the others as they are.
     """
-    prefix = hashlib.blake2b("\x1f".join([str(int(seed)), name, *map(str, index), ""]).encode(), digest_size=8)
-    out = np.empty(len(keys), dtype=np.float64)
-    for i, key in enumerate(keys):
-        h = prefix.copy()
-        h.update(key.encode())
-        out[i] = (int.from_bytes(h.digest(), "little") >> 11) * 2.0**-53
-    return out
+    return _unit(hash_keys(seed, name, keys, *index))
+
+
+def pair_uniforms(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """One number in [0, 1) per pair of hashes, float64, of the shape to which ``a`` and ``b`` broadcast.
+
+    For numbers per (cell, gene): hash each cell and each gene once with :func:`hash_keys` (under different names),
+    then mix in bulk. As with :func:`uniforms`, no pair's number depends on which other pairs are asked for.
+
+    Parameters
+    ----------
+    a, b: uint64 arrays from :func:`hash_keys`.
+
+    References
+    ----------
+    The mixer is the output function of SplitMix64: Steele, Lea, Flood 2014, doi:10.1145/2660193.2660195.
+    """
+    z = np.bitwise_xor(a, b)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return _unit(z ^ (z >> np.uint64(31)))
+
+
+def _unit(hashes: np.ndarray) -> np.ndarray:
+    return (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def normal(seed: int, name: str, shape: tuple[int, ...], *index: int | str) -> torch.Tensor:
