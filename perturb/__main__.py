@@ -1,0 +1,15 @@
+"""``python -m perturb recipe | run``: a what-if experiment from the command line."""
+
+from __future__ import annotations
+
+import sys
+
+from ge2hist_core.__main__ import run_command
+
+COMMANDS = {
+    "recipe": ("perturb.recipe", "print the recipe of an experiment as JSON"),
+    "run": ("perturb.run", "run a recipe and write its report"),
+}
+
+if __name__ == "__main__":
+    sys.exit(run_command("python -m perturb", __doc__ or "", COMMANDS, None))

@@ -1,0 +1,283 @@
+"""Recipe: everything that determines a result, and nothing else.
+
+It is the cache key, the URL, the provenance in a report and the input of the command line. ``python -m perturb recipe``
+prints one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from ge2hist_core.config import SampleConfig, from_json, to_json
+from ge2hist_core.types import BadInput
+from perturb.edits import Edit, Perturbation
+
+__all__ = ["DEFAULT_SEEDS", "MAX_PICTURES", "SCHEMA", "Recipe"]
+
+SCHEMA = 1
+DEFAULT_SEEDS = tuple(range(16))
+MAX_PICTURES = 4096
+"""Cells times seeds in one arm."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHORT = 12
+"""Characters of a SHA-256 that a URL carries: enough to notice other data, 48 bits."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do with which cells, on which model, with which noise.
+
+    Parameters
+    ----------
+    data_sha256: of the file that holds the cells.
+    model_sha256: of the bundle.
+    cell_ids: names of the cells; every cell is drawn with every seed.
+    perturbation: edits of the edited arm; empty for none.
+    sample: solver, steps and guidance.
+    seeds: one picture per cell, arm and seed; both arms share all of the noise of a seed.
+    encoder_seed: of tie-breaking and gene subsampling in the encoder, and of the resampling in the statistics.
+    schema: version of this format.
+
+    Raises
+    ------
+    BadInput: a field of the wrong form.
+    """
+
+    data_sha256: str
+    model_sha256: str
+    cell_ids: tuple[str, ...]
+    perturbation: Perturbation = field(default_factory=Perturbation)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    seeds: tuple[int, ...] = DEFAULT_SEEDS
+    encoder_seed: int = 0
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        _check_schema(self.schema)
+        for name in ("data_sha256", "model_sha256"):
+            if not (isinstance(getattr(self, name), str) and _SHA256.fullmatch(getattr(self, name))):
+                raise BadInput(f"{name} is {getattr(self, name)!r}: give the 64 hexadecimal digits of a SHA-256.")
+        for name, kind in (("cell_ids", str), ("seeds", int)):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not value or not all(type(part) is kind for part in value):
+                raise BadInput(f"{name} is {value!r}: give at least one {'name' if kind is str else 'whole number'}.")
+            if len(set(value)) != len(value):
+                raise BadInput(f"{name} names {_first_repeated(value)!r} twice: leave one out.")
+        for seed in (*self.seeds, self.encoder_seed):
+            if type(seed) is not int or not 0 <= seed < 2**63:
+                raise BadInput(f"A seed is {seed!r}: choose whole numbers from 0 to 2^63 - 1.")
+        # 1 and 1.0 are the same guidance and must hash alike.
+        object.__setattr__(self, "sample", replace(self.sample, guidance=float(self.sample.guidance)))
+        if len(self.cell_ids) * len(self.seeds) > MAX_PICTURES:
+            raise BadInput(
+                f"{len(self.cell_ids)} cells with {len(self.seeds)} seeds are more than {MAX_PICTURES} pictures: "
+                "choose fewer cells or seeds."
+            )
+
+    @property
+    def base(self) -> Recipe:
+        """The unedited arm: the same recipe without edits."""
+        return replace(self, perturbation=Perturbation())
+
+    @property
+    def draft(self) -> Recipe:
+        """The same with the first seed alone, for a quick look."""
+        return replace(self, seeds=self.seeds[:1])
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON, 64 hexadecimal digits."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no blanks, so that equal recipes are equal text."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, as in the JSON."""
+        return to_json(self) | {"perturbation": [to_json(edit) for edit in self.perturbation.edits]}
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Inverse of :meth:`to_json`; blanks and the order of keys do not matter.
+
+        Raises
+        ------
+        BadInput: not JSON, another schema, an unknown, missing or malformed field.
+        """
+        try:
+            value = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise BadInput(f"The recipe is not JSON ({error}): give a recipe.json that GE2Hist wrote.") from None
+        if not isinstance(value, dict) or "schema" not in value:
+            raise BadInput("The recipe has no field 'schema': give a recipe.json that GE2Hist wrote.")
+        _check_schema(value["schema"])
+        missing = [name for name in ("data_sha256", "model_sha256", "cell_ids") if name not in value]
+        if missing:
+            raise BadInput(f"The recipe has no field {missing[0]!r}: give a recipe.json that GE2Hist wrote.")
+        edits, sample = value.get("perturbation", []), value.get("sample", {})
+        if not isinstance(edits, list) or not all(isinstance(edit, dict) for edit in (*edits, sample)):
+            raise BadInput(
+                "The recipe's perturbation or sample has another form: give a recipe.json that GE2Hist wrote."
+            )
+        try:
+            value["perturbation"] = Perturbation(tuple(from_json(Edit, edit) for edit in edits))
+            value["sample"] = from_json(SampleConfig, sample)
+        except TypeError as error:
+            raise BadInput(f"A field of the recipe is missing or of another type ({error}).") from None
+        return from_json(cls, value)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        """A recipe from a file.
+
+        Raises
+        ------
+        BadInput: no such file, or not a recipe.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"Cannot read the recipe {path}: {error}.") from None
+
+    def to_query(self) -> dict[str, str]:
+        """Short form for a URL; what equals its default stays out. Data and model appear as 12 digits of their hash."""
+        query = {
+            "data": self.data_sha256[:_SHORT],
+            "model": self.model_sha256[:_SHORT],
+            "cell": ",".join(quote(name, safe=" ") for name in self.cell_ids),
+            "edit": str(self.perturbation),
+            "seeds": _print_seeds(self.seeds),
+            "encoder_seed": str(self.encoder_seed),
+            "schema": str(self.schema),
+        } | {name: _print_number(value) for name, value in to_json(self.sample).items()}
+        return {name: value for name, value in query.items() if value != _QUERY_DEFAULTS.get(name)}
+
+    @classmethod
+    def from_query(cls, query: Mapping[str, str], data_sha256: str, model_sha256: str) -> Recipe:
+        """Inverse of :meth:`to_query`, for the data and the model that are open. Unknown parameters are ignored.
+
+        Raises
+        ------
+        BadInput: a malformed parameter, or a link made for other data or another model.
+        """
+        value = _QUERY_DEFAULTS | {key: text for key, text in query.items() if text}
+        _check_schema(_number("schema", value["schema"], int))
+        for name, title, known in (("data", "cells", data_sha256), ("model", "model", model_sha256)):
+            if name in value and not known.startswith(value[name]):
+                raise BadInput(f"This link was made with other {title} ({name}={value[name]}): open those first.")
+        if "cell" not in value:
+            raise BadInput("The link names no cell: add cell=NAME.")
+        return cls(
+            data_sha256=data_sha256,
+            model_sha256=model_sha256,
+            cell_ids=tuple(unquote(name) for name in value["cell"].split(",")),
+            perturbation=Perturbation.parse(value["edit"]),
+            sample=SampleConfig(
+                value["solver"],
+                _number("steps", value["steps"], int),
+                _number("guidance", value["guidance"], float),
+            ),
+            seeds=_parse_seeds(value["seeds"]),
+            encoder_seed=_number("encoder_seed", value["encoder_seed"], int),
+        )
+
+
+def _check_schema(schema: object) -> None:
+    if type(schema) is not int or schema != SCHEMA:
+        raise BadInput(
+            f"The recipe has schema {schema!r}, this version of GE2Hist reads schema {SCHEMA}: "
+            "use the version that wrote it, or make the recipe again."
+        )
+
+
+def _first_repeated(values: tuple[Any, ...]) -> Any:
+    seen: set[Any] = set()
+    return next(value for value in values if value in seen or seen.add(value))
+
+
+def _print_number(value: object) -> str:
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def _number(name: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise BadInput(f"{name} is {text!r}: give a {'whole ' if kind is int else ''}number.") from None
+
+
+def _print_seeds(seeds: tuple[int, ...]) -> str:
+    """``(0, 1, 2, 7)`` -> ``"0-2,7"``; the order is kept."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][1] + 1:
+            runs[-1][1] = seed
+        else:
+            runs.append([seed, seed])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _parse_seeds(text: str) -> tuple[int, ...]:
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", part.strip())
+        if match is None:
+            raise BadInput(f"seeds is {text!r}: write numbers and ranges such as 0-15,20.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < first + MAX_PICTURES:
+            raise BadInput(f"seeds holds the range {part!r}: write at most {MAX_PICTURES} rising seeds.")
+        seeds.extend(range(first, last + 1))
+    return tuple(seeds)
+
+
+_QUERY_DEFAULTS = {
+    "edit": "",
+    "seeds": _print_seeds(DEFAULT_SEEDS),
+    "encoder_seed": "0",
+    "schema": str(SCHEMA),
+} | {f.name: _print_number(getattr(SampleConfig(), f.name)) for f in fields(SampleConfig)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``python -m perturb recipe``."""
+    sample = SampleConfig()
+    parser.add_argument("--cell", action="append", required=True, help="cell id; may be given several times")
+    parser.add_argument("--edit", default="", help="for example CD8A:ko,VEGFA:x0.5,TGFB1:set=3")
+    parser.add_argument("--seeds", default=_print_seeds(DEFAULT_SEEDS), help="for example 0-15")
+    parser.add_argument("--solver", default=sample.solver, help="ddpm, ddim or dpm++")
+    parser.add_argument("--steps", type=int, default=sample.steps)
+    parser.add_argument("--guidance", type=float, default=sample.guidance)
+    parser.add_argument("--encoder-seed", type=int, default=0)
+    parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
+    parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="h5ad with raw counts")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the recipe of the given options."""
+    from ge2hist_core.data import open_h5ad
+    from ge2hist_core.model import GE2Hist
+
+    source = open_h5ad(args.cells)
+    for cell in args.cell:
+        source.index_of(cell)
+    recipe = Recipe(
+        data_sha256=source.sha256,
+        model_sha256=GE2Hist.load(args.bundle).sha256,
+        cell_ids=tuple(args.cell),
+        perturbation=Perturbation.parse(args.edit),
+        sample=SampleConfig(args.solver, args.steps, args.guidance),
+        seeds=_parse_seeds(args.seeds),
+        encoder_seed=args.encoder_seed,
+    )
+    source.close()
+    print(json.dumps(recipe.to_dict(), indent=1, ensure_ascii=False))

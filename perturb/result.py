@@ -1,0 +1,193 @@
+"""What an experiment leaves: two arms, tables, warnings, provenance; written to and read from the disk cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ge2hist_core.types import NUCLEI_COLUMNS, Latent, Niche
+from perturb.cache import DiskCache
+from perturb.recipe import Recipe
+
+__all__ = ["Arm", "Result", "load_arm", "load_result", "store_result"]
+
+TABLES = ("readouts", "summary", "comparison", "states", "edits")
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One arm. Pictures run over cells, then seeds: picture ``c * n_seeds + s``.
+
+    Parameters
+    ----------
+    images: uint8 ``[picture, H, W, 3]``.
+    nuclei: ``[picture]`` tables with the columns of ``NUCLEI_COLUMNS``.
+    embedding: ``[cell, embedding dimension]`` of the encoder.
+    latent: posterior means of the cells.
+    types: ``[cell, type]`` probabilities of the model's type classifier.
+    support: ``[cell]`` conformal p-value: how unusual the cell is for the model's training data.
+    frames: ``[frame, channel, h, w]`` clean-image estimates (latent) of the first picture while it is denoised.
+    """
+
+    images: np.ndarray
+    nuclei: list[pd.DataFrame]
+    embedding: np.ndarray
+    latent: Latent
+    types: np.ndarray
+    support: np.ndarray
+    frames: np.ndarray
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Arrays without objects, for :class:`perturb.cache.DiskCache`."""
+        table = pd.concat(self.nuclei, ignore_index=True)
+        return {
+            "images": self.images,
+            "embedding": self.embedding,
+            "z_c": self.latent.z_c,
+            "z_e": self.latent.z_e,
+            "types": self.types,
+            "support": self.support,
+            "frames": self.frames,
+            "nuclei_n": np.array([len(one) for one in self.nuclei]),
+        } | {
+            f"nuclei_{name}": np.asarray(table[name], dtype=str if name == "cell_type" else np.float64)
+            for name in NUCLEI_COLUMNS
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Arm:
+        """Inverse of :meth:`to_arrays`."""
+        table = pd.DataFrame({name: arrays[f"nuclei_{name}"] for name in NUCLEI_COLUMNS})
+        table["cell_type"] = table["cell_type"].astype(object)
+        ends = np.cumsum(arrays["nuclei_n"])
+        nuclei = [
+            table.iloc[end - n : end].reset_index(drop=True) for n, end in zip(arrays["nuclei_n"], ends, strict=True)
+        ]
+        latent = Latent(arrays["z_c"], arrays["z_e"])
+        return cls(
+            arrays["images"], nuclei, arrays["embedding"], latent, arrays["types"], arrays["support"], arrays["frames"]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What came out.
+
+    Parameters
+    ----------
+    recipe: what was done.
+    base_arm, edited_arm: pictures, nuclei, states.
+    um_per_px: of every picture.
+    readouts: one row per arm, cell, seed and readout: ``arm, cell_id, seed, readout, unit, value``.
+    summary: mean and interval per arm: ``arm, readout, unit, mean, low, high, n``.
+    comparison: paired effect of the edit: ``readout, unit, base, edited, effect, low, high, p, q, n``.
+    states: one row per cell: type that the model reads, its probability, support, distances moved.
+    edits: what the encoder saw: ``cell_id, gene, edit, count_before, count_after, percentile_before, percentile_after,
+        bin_before, bin_after, in_vocabulary``.
+    warnings: technical doubts, one sentence each.
+    provenance: versions, hashes, sources.
+    """
+
+    recipe: Recipe
+    base_arm: Arm
+    edited_arm: Arm
+    um_per_px: float
+    readouts: pd.DataFrame
+    summary: pd.DataFrame
+    comparison: pd.DataFrame
+    states: pd.DataFrame
+    edits: pd.DataFrame
+    warnings: tuple[str, ...]
+    provenance: dict[str, Any]
+
+    def _niches(self, arm: Arm) -> list[Niche]:
+        seeds = self.recipe.seeds
+        return [
+            Niche(image, self.um_per_px, seeds[i % len(seeds)], generated=True) for i, image in enumerate(arm.images)
+        ]
+
+    @property
+    def base(self) -> list[Niche]:
+        """Unedited pictures, cells, then seeds."""
+        return self._niches(self.base_arm)
+
+    @property
+    def edited(self) -> list[Niche]:
+        """Edited pictures in the order of :attr:`base`."""
+        return self._niches(self.edited_arm)
+
+    @property
+    def base_nuclei(self) -> list[pd.DataFrame]:
+        return self.base_arm.nuclei
+
+    @property
+    def edited_nuclei(self) -> list[pd.DataFrame]:
+        return self.edited_arm.nuclei
+
+    @property
+    def latent(self) -> tuple[Latent, Latent]:
+        """States of the cells, unedited and edited."""
+        return self.base_arm.latent, self.edited_arm.latent
+
+    @property
+    def support(self) -> pd.DataFrame:
+        """``cell_id, base, edited``: conformal p-value of each cell before and after the edit."""
+        return pd.DataFrame(
+            {
+                "cell_id": list(self.recipe.cell_ids),
+                "base": self.base_arm.support,
+                "edited": self.edited_arm.support,
+            }
+        )
+
+
+def load_arm(recipe: Recipe, cache: DiskCache | None) -> Arm | None:
+    """A finished arm from disk, or None."""
+    arrays = None if cache is None else cache.load_arrays(recipe.hash)
+    return None if arrays is None else Arm.from_arrays(arrays)
+
+
+def load_result(recipe_hash: str, cache: DiskCache) -> Result | None:
+    """A finished result from disk without model or data, or None where it, or one of its arms, is gone."""
+    stored = cache.load_json(recipe_hash)
+    if stored is None:
+        return None
+    recipe = Recipe.from_json(stored["recipe"])
+    base, edited = load_arm(recipe.base, cache), load_arm(recipe, cache)
+    if base is None or edited is None:
+        return None
+    return Result(
+        recipe=recipe,
+        base_arm=base,
+        edited_arm=edited,
+        um_per_px=stored["um_per_px"],
+        warnings=tuple(stored["warnings"]),
+        provenance=stored["provenance"],
+        **{name: _unpack(table) for name, table in stored["tables"].items()},
+    )
+
+
+def _pack(table: pd.DataFrame) -> dict[str, Any]:
+    return {
+        name: [str(column.dtype), [None if value != value else value for value in column.tolist()]]
+        for name, column in table.items()
+    }
+
+
+def _unpack(packed: dict[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame({name: pd.Series(values, dtype=dtype) for name, (dtype, values) in packed.items()})
+
+
+def store_result(result: Result, cache: DiskCache) -> None:
+    """Keep all but the arms, which are stored when they are drawn."""
+    value = {
+        "recipe": result.recipe.to_json(),
+        "um_per_px": result.um_per_px,
+        "tables": {name: _pack(getattr(result, name)) for name in TABLES},
+        "warnings": list(result.warnings),
+        "provenance": result.provenance,
+    }
+    cache.store_json(result.recipe.hash, value)
