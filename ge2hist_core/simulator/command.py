@@ -5,37 +5,36 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ge2hist_core.types import BadInput
+
+if TYPE_CHECKING:
+    from ge2hist_core.store import SectionRecord
 
 __all__ = ["add_arguments", "main", "section_record", "simulate_sections"]
 
 
-def section_record(seed: int, donor: int, size_um: float) -> dict[str, Any]:
+def section_record(seed: int, donor: int, size_um: float) -> SectionRecord:
     """One donor's section as the store writes it: picture, masks, nuclei and counts."""
     import numpy as np
 
     from ge2hist_core.simulator.expression import draw_counts, load_genes
     from ge2hist_core.simulator.rendering import render
+    from ge2hist_core.simulator.programmes import PROGRAMMES
     from ge2hist_core.simulator.tissue import simulate_section
+    from ge2hist_core.store import SectionRecord
 
     section = simulate_section(seed, donor, size_um)
-    image, labels = render(section)
+    image, labels = render(section, seed)
     nuclei = section.nuclei.assign(area_um2=np.pi / 4 * section.nuclei["major_um"] * section.nuclei["minor_um"])
     xy = nuclei[["x_um", "y_um"]].to_numpy()
-    for name in ("immune_infiltration", "fibrosis", "angiogenesis", "proliferation", "cohesion", "hypoxia"):
+    for name in PROGRAMMES:
         nuclei[f"programme_{name}"] = section.at(name, xy)
-    return {
-        "donor": section.donor_name,
-        "image": image,
-        "labels": labels,
-        "nuclei": nuclei,
-        "counts": draw_counts(section, load_genes()),
-    }
+    return SectionRecord(section.donor_name, image, labels, nuclei, draw_counts(section, load_genes()))
 
 
-def simulate_sections(seed: int, donors: range, size_um: float) -> Iterator[dict[str, Any]]:
+def simulate_sections(seed: int, donors: range, size_um: float) -> Iterator[SectionRecord]:
     """Sections of the given donors one by one, with a progress bar."""
     from tqdm import tqdm
 
