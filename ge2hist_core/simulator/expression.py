@@ -139,6 +139,23 @@ class GeneTable:
         keep = self.role == role
         return np.flatnonzero(keep if programme is None else keep & (self.programme == programme))
 
+    @property
+    def drivers(self) -> list[str]:
+        """Symbols of the drivers."""
+        return list(self.symbols[self.rows("driver")])
+
+    def programme_of(self, symbol: str) -> tuple[str, float]:
+        """Programme and strength of a driver or reporter; ``("", 0.0)`` of an inert gene.
+
+        Raises
+        ------
+        KeyError: the table has no such gene.
+        """
+        found = np.flatnonzero(self.symbols == symbol)
+        if not found.size:
+            raise KeyError(symbol)
+        return str(self.programme[found[0]]), float(self.strength[found[0]])
+
 
 @cache
 def load_genes(path: Path = GENES_CSV) -> GeneTable:
@@ -153,7 +170,7 @@ def load_genes(path: Path = GENES_CSV) -> GeneTable:
         header, *rows = csv.reader(file)
     if header != expected:
         raise ValueError(f"{path.name} has columns {header}, expected {expected}")
-    symbol, role, programme, strength, *levels, dispersion, source = (list(column) for column in zip(*rows, strict=True))
+    symbol, role, programme, strength, *levels, dispersion, source = map(list, zip(*rows, strict=True))
     return GeneTable(
         symbols=np.array(symbol, dtype=object),
         role=np.array(role, dtype=object),

@@ -80,6 +80,15 @@ def test_table_is_large_enough_and_every_role_is_there():
     assert GENES.base[GENES.rows("driver")].min() >= 2
 
 
+def test_a_gene_is_found_by_its_symbol():
+    assert len(GENES.drivers) == 24
+    assert GENES.programme_of("VEGFA") == ("angiogenesis", 1.2)
+    assert GENES.programme_of("SNAI2") == ("cohesion", -0.9)
+    assert GENES.programme_of("GAPDH") == ("", 0.0)
+    with pytest.raises(KeyError, match="NOGENE"):
+        GENES.programme_of("NOGENE")
+
+
 def test_sources_are_citations():
     cited = GENES.source[GENES.source != "background"]
     assert all(source.startswith("10.") and "/" in source for source in cited)
