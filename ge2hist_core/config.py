@@ -59,8 +59,10 @@ class ModelConfig:
     latent_px: int = 16
     latent_channels: int = 8
     ae_channels: tuple[int, ...] = (64, 128)
-    unet_channels: tuple[int, ...] = (128, 192, 256)
+    unet_channels: tuple[int, ...] = (96, 128, 160)
     layers_per_block: int = 1
+    attention_heads: int = 4
+    time_embedding_dim: int = 256
     condition_tokens: int = 8
     condition_dim: int = 128
     train_timesteps: int = 1000
@@ -83,6 +85,9 @@ class TrainConfig:
     vae_steps: int = 2000
     autoencoder_steps: int = 3000
     autoencoder_batch: int = 16
+    autoencoder_learning_rate: float = 1e-3
+    latent_noise: float = 0.05
+    latent_variants: int = 4
     checkpoint_every: int = 250
     mixed_precision: str = "no"
     seed: int = 0
@@ -116,7 +121,7 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "demo": Preset(),
     "paper": Preset(
-        ModelConfig(unet_channels=(192, 384, 512), layers_per_block=2),
+        ModelConfig(unet_channels=(192, 384, 512), layers_per_block=2, attention_heads=8, time_embedding_dim=768),
         TrainConfig(steps=400_000, batch_size=128, learning_rate=1e-4, mixed_precision="bf16", ema=0.9999),
     ),
 }

@@ -1,0 +1,365 @@
+"""GE2Hist: the trained parts together, from expression to picture, and the folder ("bundle") that holds them.
+
+Bundle: ``bundle.json`` (format, sizes, versions, report of the training), ``scgpt/`` (official layout), ``vae.safetensors``,
+``autoencoder.safetensors``, ``unet/`` and ``scheduler/`` (diffusers), ``mixture.safetensors``, ``support.safetensors``, and, once
+trained, the nuclei reader. Nothing in it is executed on loading.
+
+Same picture in any batch. Convolutions on a CPU choose their algorithm, and with it the order of summation, by batch size. Pictures are
+therefore always drawn in chunks of exactly ``CHUNK``, the last one padded with copies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ge2hist_core import rng
+from ge2hist_core.autoencoder import TileAutoencoder
+from ge2hist_core.config import ModelConfig, SampleConfig, from_json, to_json
+from ge2hist_core.denoiser import Denoiser, Guided
+from ge2hist_core.files import atomic_folder, atomic_path, sha256_file, write_json
+from ge2hist_core.sampler import sample
+from ge2hist_core.support import Support
+from ge2hist_core.types import BadInput, Cells, Latent
+from ge2hist_core.vae import Mixture, StateEncoder
+
+if TYPE_CHECKING:
+    from ge2hist_core.embedding import ScGPT
+    from ge2hist_core.nuclei import LearnedReader
+
+__all__ = ["CHUNK", "FORMAT", "GE2Hist", "Preview"]
+
+FORMAT = 1
+CHUNK = 2
+
+_ENCODER_FILES = ("args.json", "vocab.json", "best_model.pt")
+_HASHED = ("bundle.json", "*.safetensors", "reader.json", "scgpt/*", "unet/*", "scheduler/*")
+"""Files that can change a result, and so make up the bundle's hash."""
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """The pictures under way: ``rows`` of the request that this chunk draws and their current clean latents."""
+
+    rows: range
+    latents: Tensor
+    autoencoder: TileAutoencoder
+
+    def images(self) -> np.ndarray:
+        """uint8 ``[len(rows), H, W, 3]``: the current estimates as pictures."""
+        return self.autoencoder.decode(self.latents)[: len(self.rows)]
+
+
+OnPicture = Callable[[int, int, Preview], "bool | None"]
+"""``(i, n, preview)``: network call i of n (from 1, over all pictures) is done. True stops the run."""
+
+
+@dataclass(eq=False)
+class GE2Hist:
+    """A model of tissue: expression -> state -> picture -> nuclei.
+
+    Make one with :meth:`load`, or :meth:`untrained` and ``ge2hist_core.training``.
+
+    Parameters
+    ----------
+    config: sizes. scgpt: the cell encoder; scgpt_folder: where its files are, to be copied on :meth:`save`.
+    mixture, support: None until fitted. reader: None until trained.
+    report: figures of the training, plain JSON.
+    folder: the bundle it was loaded from or saved to.
+    """
+
+    config: ModelConfig
+    scgpt: ScGPT
+    scgpt_folder: Path
+    encoder: StateEncoder
+    autoencoder: TileAutoencoder
+    denoiser: Denoiser
+    mixture: Mixture | None = None
+    support: Support | None = None
+    reader: LearnedReader | None = None
+    report: dict[str, Any] | None = None
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.scgpt.dim != self.config.embedding_dim:
+            raise BadInput(
+                f"The encoder gives {self.scgpt.dim} numbers per cell, the model expects {self.config.embedding_dim}: "
+                "use the encoder that the model was trained with."
+            )
+        for part in (self.encoder, self.autoencoder, self.denoiser):
+            part.eval().requires_grad_(False)
+
+    @classmethod
+    def untrained(cls, config: ModelConfig, scgpt_folder: str | Path, seed: int = 0) -> GE2Hist:
+        """Random weights, drawn from ``seed``; the global random state is left as it was."""
+        from ge2hist_core.embedding import ScGPT
+
+        scgpt = ScGPT.load(scgpt_folder)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(rng.stream(seed, "init").integers(2**63)))
+            parts = StateEncoder(config), TileAutoencoder(config), Denoiser(config)
+        return cls(config, scgpt, Path(scgpt_folder), *parts)
+
+    @property
+    def cell_types(self) -> tuple[str, ...]:
+        return self.config.cell_types
+
+    # --- expression to state ---------------------------------------------------------------------------------
+
+    def embed(self, cells: Cells, seed: int) -> np.ndarray:
+        """scGPT embedding, unit length, ``[cell, embedding_dim]`` float32; see :meth:`ScGPT.embed`."""
+        return self.scgpt.embed(cells, seed)
+
+    @torch.inference_mode()
+    def encode(self, embedding: np.ndarray) -> Latent:
+        """Posterior means of ``z_c`` and ``z_e`` for embeddings ``[cell, embedding_dim]``."""
+        # Cell by cell: a matrix product's rounding depends on the number of rows.
+        pairs = [self.encoder(row[None]) for row in torch.from_numpy(np.ascontiguousarray(embedding, dtype=np.float32))]
+        z_c, z_e = (
+            np.stack([q[part].loc[0].numpy() for q in pairs]) if pairs else np.empty((0, d), np.float32)
+            for part, d in enumerate((self.config.d_c, self.config.d_e))
+        )
+        return Latent(z_c, z_e)
+
+    @torch.inference_mode()
+    def classify(self, latent: Latent) -> np.ndarray:
+        """Probabilities of the cell types from ``z_c``, ``[cell, type]`` float32."""
+        logits = self.encoder.type_vae.logits(torch.from_numpy(latent.z_c))
+        return logits.softmax(-1).numpy()
+
+    def sample_type(self, cell_type: str, n: int, seed: int) -> np.ndarray:
+        """``z_c [n, d_c]`` drawn from a type's mixture: the second way to condition, (3).
+
+        Raises
+        ------
+        BadInput: a type that the model does not know, or no mixture fitted yet.
+        """
+        if cell_type not in self.cell_types:
+            raise BadInput(f"Cell type {cell_type!r} is unknown: choose one of {', '.join(self.cell_types)}.")
+        if self.mixture is None:
+            raise BadInput("This bundle has no mixture of cell types: finish its training with `train --resume`.")
+        return self.mixture.sample(self.cell_types.index(cell_type), n, seed)
+
+    def sample_environment(self, n: int, seed: int) -> np.ndarray:
+        """``z_e [n, d_e]`` from its prior N(0, I); row i depends on (seed, i) alone."""
+        rows = [rng.normal(seed, "z_e", (self.config.d_e,), i).numpy() for i in range(n)]
+        return np.stack(rows) if rows else np.empty((0, self.config.d_e), np.float32)
+
+    # --- state to picture ------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        latent: Latent,
+        seeds: Sequence[int],
+        config: SampleConfig = SampleConfig(),  # noqa: B008 - frozen
+        on_step: OnPicture | None = None,
+    ) -> np.ndarray:
+        """Draw one picture per state.
+
+        Parameters
+        ----------
+        latent: ``[picture]`` states. seeds: ``[picture]``; x_T and step noise of picture i come from ``seeds[i]`` alone, so
+            equal seeds share all noise and a picture is the same in a batch of any size.
+        on_step: see :data:`OnPicture`; True stops by raising :class:`ge2hist_core.sampler.Stopped`.
+
+        Returns
+        -------
+        uint8 ``[picture, tile_px, tile_px, 3]``.
+        """
+        n = len(latent)
+        if len(seeds) != n:
+            raise ValueError(f"{n} states need as many seeds, got {len(seeds)}")
+        net = self.denoiser if config.guidance == 1 else Guided(self.denoiser, config.guidance)
+        size = (self.config.latent_channels, self.config.latent_px, self.config.latent_px)
+        side = self.config.tile_px
+        out = np.empty((n, side, side, 3), dtype=np.uint8)
+        starts = range(0, n, CHUNK)
+        total = len(starts) * config.steps
+        for done, start in enumerate(starts):
+            rows = range(start, min(start + CHUNK, n))
+            padded = [*rows, *[rows[-1]] * (CHUNK - len(rows))]
+            chunk_seeds = [int(seeds[i]) for i in padded]
+
+            def draw(name: str, *index: int, of: list[int] = chunk_seeds) -> Tensor:
+                return torch.stack([rng.normal(seed, name, size, *index) for seed in of])
+
+            def report(i: int, _: int, estimate: Tensor, rows: range = rows, before: int = done * config.steps) -> bool:
+                preview = Preview(rows, estimate, self.autoencoder)
+                return bool(on_step and on_step(before + i, total, preview))
+
+            latents = sample(
+                net,
+                draw("x_T"),
+                torch.from_numpy(latent.z_s[padded]),
+                config,
+                step_noise=lambda i, draw=draw: draw("step", i),
+                on_step=report if on_step else None,
+                train_timesteps=self.config.train_timesteps,
+            )
+            out[rows.start : rows.stop] = self.autoencoder.decode(latents)[: len(rows)]
+        return out
+
+    def read_nuclei(self, images: np.ndarray) -> list[pd.DataFrame]:
+        """Nuclei of pictures uint8 ``[n, H, W, 3]`` at the model's scale; one table per picture.
+
+        Raises
+        ------
+        BadInput: the bundle has no reader.
+        """
+        if self.reader is None:
+            raise BadInput("This bundle has no nuclei reader: train one with `python -m ge2hist_core train-reader`.")
+        return self.reader.read(images, self.config.um_per_px)
+
+    # --- the folder -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the bundle's files that can change a result.
+
+        Raises
+        ------
+        ValueError: the model was neither loaded nor saved.
+        """
+        if self.folder is None:
+            raise ValueError("an unsaved model has no hash: save it first")
+        files = sorted({path for pattern in _HASHED for path in self.folder.glob(pattern) if path.is_file()})
+        lines = [f"{path.relative_to(self.folder).as_posix()} {sha256_file(path)}\n" for path in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write every part, each atomically and ``bundle.json`` last; other files in the folder stay."""
+        import diffusers
+        from diffusers import DDPMScheduler
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "bundle.json").unlink(missing_ok=True)  # a half-written bundle must not open
+        if not (folder / "scgpt").exists() or not self.scgpt_folder.samefile(folder / "scgpt"):
+            with atomic_folder(folder / "scgpt") as temporary:
+                for name in _ENCODER_FILES:
+                    shutil.copyfile(self.scgpt_folder / name, temporary / name)
+        for name, part in (("vae", self.encoder), ("autoencoder", self.autoencoder)):
+            _save_arrays(folder / f"{name}.safetensors", {k: v.numpy() for k, v in part.state_dict().items()})
+        self.denoiser.save(folder / "unet")
+        with atomic_folder(folder / "scheduler") as temporary:
+            DDPMScheduler(
+                num_train_timesteps=self.config.train_timesteps,
+                beta_schedule="squaredcos_cap_v2",
+                prediction_type="v_prediction",
+                clip_sample=False,
+                timestep_spacing="trailing",
+            ).save_pretrained(temporary)
+        if self.mixture is not None:
+            _save_arrays(folder / "mixture.safetensors", vars(self.mixture))
+        if self.support is not None:
+            names = np.frombuffer(json.dumps(self.support.cell_id.tolist()).encode(), dtype=np.uint8)
+            _save_arrays(folder / "support.safetensors", {**vars(self.support), "cell_id": names})
+        if self.reader is not None:
+            self.reader.save(folder)
+        header = {
+            "format": FORMAT,
+            "config": to_json(self.config),
+            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+            "training": self.report,
+        }
+        write_json(folder / "bundle.json", header)
+        self.folder = folder
+        self.__dict__.pop("sha256", None)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> GE2Hist:
+        """Open a bundle.
+
+        Raises
+        ------
+        BadInput: not a bundle, one of another format, or a missing, truncated or unfitting file.
+        """
+        from ge2hist_core.embedding import ScGPT
+
+        folder = Path(folder)
+        header = _header(folder)
+        config = from_json(ModelConfig, header["config"])
+        with torch.random.fork_rng(devices=[]):
+            encoder, autoencoder = StateEncoder(config), TileAutoencoder(config)
+            _load_weights(encoder, folder / "vae.safetensors")
+            _load_weights(autoencoder, folder / "autoencoder.safetensors")
+            with _explained(folder / "unet"):
+                denoiser = Denoiser.load(folder / "unet", config)
+        mixture = support = reader = None
+        if (folder / "mixture.safetensors").exists():
+            mixture = Mixture(**_load_arrays(folder / "mixture.safetensors"))
+        if (folder / "support.safetensors").exists():
+            arrays = _load_arrays(folder / "support.safetensors")
+            names = json.loads(arrays.pop("cell_id").tobytes())
+            support = Support(cell_id=np.array(names, dtype=object), **arrays)
+        if (folder / "reader.safetensors").exists():
+            from ge2hist_core.nuclei import LearnedReader
+
+            reader = LearnedReader.load(folder)
+        scgpt = ScGPT.load(folder / "scgpt")
+        return cls(
+            config, scgpt, folder / "scgpt", encoder, autoencoder, denoiser, mixture, support, reader,
+            header.get("training"), folder,
+        )  # fmt: skip
+
+
+def _header(folder: Path) -> dict[str, Any]:
+    path = folder / "bundle.json"
+    if not path.is_file():
+        raise BadInput(f"{folder} is not a GE2Hist bundle (no bundle.json): give the folder that `train` wrote.")
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+        found = header["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged ({error}): copy or train the bundle again.") from error
+    if found != FORMAT:
+        raise BadInput(f"{path} has bundle format {found!r}, this version reads {FORMAT}: train the bundle again.")
+    return header
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what libraries raise over a bad weights file into one sentence."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise BadInput(f"The bundle lacks {error.filename or path}: copy it whole, or train it again.") from error
+    except (SafetensorError, ValueError, OSError) as error:
+        raise BadInput(f"{path} is truncated or damaged ({error}): copy the bundle again.") from error
+    except (RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()[-1].strip()
+        raise BadInput(f"{path} does not fit the sizes in bundle.json ({first}): copy the bundle again.") from error
+
+
+def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    from safetensors.numpy import save_file
+
+    with atomic_path(path) as temporary:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    with _explained(path):
+        return load_file(path)
+
+
+def _load_weights(part: nn.Module, path: Path) -> None:
+    arrays = _load_arrays(path)
+    with _explained(path):
+        part.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
