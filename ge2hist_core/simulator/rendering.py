@@ -47,9 +47,11 @@ HAEMATOXYLIN = _unit((0.650, 0.704, 0.286))
 """Optical density in R, G, B, unit length, from [1]."""
 EOSIN = _unit((0.072, 0.990, 0.105))
 """From [1]: pure magenta. Slides lie between this and :data:`EOSIN_WARM`."""
+HAEMATOXYLIN_WARM = _unit((0.5626, 0.7201, 0.4062))
+"""Reference haematoxylin of the common implementation of [2]: more purple."""
 EOSIN_WARM = _unit((0.2159, 0.8012, 0.5581))
 """Reference eosin of the common implementation of [2]: salmon."""
-BLOOD = _unit((0.18, 0.72, 0.67))
+BLOOD = _unit((0.18, 0.75, 0.64))
 """Erythrocytes in H&E: eosin plus haemoglobin's own blue absorption (Soret band), by eye on real slides."""
 
 
@@ -96,16 +98,22 @@ class Stain:
 def draw_stain(stain_seed: int, donor: int) -> Stain:
     """The staining of one donor's slide: the same for every section of the donor and for both arms of an edit."""
     rng = stream(stain_seed, "stain", donor)
-    warm = rng.uniform(0.15, 0.75)
-    vectors = np.stack([HAEMATOXYLIN, (1 - warm) * EOSIN + warm * EOSIN_WARM, BLOOD])
+    purple, warm = rng.uniform(0.0, 0.7), rng.uniform(0.35, 0.95)
+    vectors = np.stack(
+        [
+            (1 - purple) * HAEMATOXYLIN + purple * HAEMATOXYLIN_WARM,
+            (1 - warm) * EOSIN + warm * EOSIN_WARM,
+            BLOOD,
+        ]
+    )
     vectors = np.clip(vectors + rng.normal(0, 0.018, vectors.shape), 0.02, None)
     return Stain(
         vectors=vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
-        haematoxylin=float(np.exp(rng.normal(0, 0.13))),
-        eosin=float(np.exp(rng.normal(0, 0.17))),
+        haematoxylin=float(np.exp(rng.normal(0.03, 0.14))),
+        eosin=float(np.exp(rng.normal(-0.05, 0.17))),
         background=np.clip(np.array([0.955, 0.945, 0.955]) + rng.normal(0, 0.008, 3), 0, 0.985),
-        blur_um=rng.uniform(0.28, 0.38),
-        defocus=rng.uniform(0.05, 0.5),
+        blur_um=rng.uniform(0.20, 0.30),
+        defocus=rng.uniform(0.0, 0.4),
         noise=rng.uniform(1.0, 2.2),
     )
 
@@ -126,7 +134,7 @@ class _Look:
     """Appearance of one cell type. Amounts are in optical density units, lengths in um.
 
     ``nucleus`` mean haematoxylin, ``clump`` its relative texture, ``coarse`` share of coarse clumps, ``rim`` extra at
-    the nuclear membrane, ``nucleoli`` their strength; ``rough`` irregularity of the outline, ``bend`` curvature,
+    the nuclear membrane, ``nucleoli`` their strength; ``rough`` irregularity of the outline, ``bend`` curvature (1/um),
     ``power`` of the superellipse (2 = ellipse, less = pointed ends); cytoplasm: ``cyto_h``, ``cyto_e``, ``margin``
     its width beyond the nucleus where nothing holds the cell, ``stretch`` elongation along the nucleus, ``offset`` of
     its centre, ``foam`` vacuoles.
@@ -148,21 +156,21 @@ class _Look:
     foam: float = 0.0
 
 
-_LYMPHOCYTE = _Look(1.02, 0.26, 0.8, 0.10, 0.0, 0.025, 0.0, 2.0, 0.10, 0.10, 0.7)
+_LYMPHOCYTE = _Look(0.96, 0.30, 0.7, 0.12, 0.0, 0.025, 0.0, 2.0, 0.10, 0.10, 0.7)
 _LOOKS = {
     "Tumour epithelium": _Look(0.44, 0.45, 0.4, 0.26, 0.55, 0.045, 0.0, 2.0, 0.125, 0.20, 3.2),
-    "Proliferating tumour": _Look(0.86, 0.36, 0.7, 0.12, 0.15, 0.075, 0.0, 2.0, 0.17, 0.20, 3.0),
-    "Luminal epithelium": _Look(0.62, 0.20, 0.2, 0.10, 0.0, 0.018, 0.0, 2.0, 0.045, 0.15, 2.6),
-    "Fibroblast": _Look(0.70, 0.22, 0.3, 0.05, 0.0, 0.02, 0.22, 1.55, 0.03, 0.20, 0.5, stretch=1.9),
-    "Endothelium": _Look(1.0, 0.14, 0.3, 0.0, 0.0, 0.02, 0.55, 1.7, 0.04, 0.26, 0.6, stretch=1.9),
+    "Proliferating tumour": _Look(0.86, 0.31, 0.6, 0.12, 0.15, 0.075, 0.0, 2.0, 0.17, 0.20, 3.0),
+    "Luminal epithelium": _Look(0.62, 0.24, 0.2, 0.10, 0.0, 0.018, 0.0, 2.0, 0.045, 0.15, 2.6),
+    "Fibroblast": _Look(0.66, 0.30, 0.3, 0.06, 0.0, 0.035, 0.05, 1.7, 0.03, 0.20, 0.5, stretch=1.9),
+    "Endothelium": _Look(0.98, 0.16, 0.3, 0.0, 0.0, 0.02, 0.065, 1.8, 0.04, 0.26, 0.6, stretch=1.9),
     "CD4 T cell": _LYMPHOCYTE,
     "CD8 T cell": _LYMPHOCYTE,
     "B cell": _LYMPHOCYTE,
     "Plasma cell": _Look(0.88, 0.16, 0.6, 0.0, 0.0, 0.02, 0.0, 2.0, 0.27, 0.17, 2.5, stretch=1.2, offset=2.1),
-    "Macrophage": _Look(0.44, 0.24, 0.3, 0.16, 0.12, 0.04, 0.45, 2.0, 0.025, 0.085, 4.2, foam=1.0),
+    "Macrophage": _Look(0.44, 0.26, 0.3, 0.16, 0.12, 0.04, 0.05, 2.0, 0.035, 0.125, 4.4, foam=1.0),
 }
 _EPITHELIAL = ("Tumour epithelium", "Proliferating tumour", "Luminal epithelium")
-_EPITHELIAL_REACH_UM = 9.0
+_EPITHELIAL_REACH_UM = 10.0
 """An epithelial cell claims cytoplasm up to this far beyond its nucleus inside a nest."""
 _MITOTIC_SHARE = 0.10
 """Share of proliferating tumour nuclei drawn as metaphase plates."""
@@ -230,22 +238,26 @@ def _bilinear_grid(grid: Array, rows: Array, columns: Array) -> Array:
 
 
 def _streaks(noise: Array, angle: Array, steps_px: tuple[float, ...]) -> Array:
-    """Noise smeared along ``angle`` (line integral convolution [3] by doubling steps), variance restored to 1."""
-    rows, columns = np.indices(noise.shape, dtype=np.float32)
-    dy, dx = np.sin(angle), np.cos(angle)
+    """Noise smeared along ``angle`` (line integral convolution [3] by doubling steps), variance about restored."""
+    height, width = noise.shape
+    dy, dx = np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
     out = noise
     for step in steps_px:
-        ahead, behind = (
-            ndimage.map_coordinates(out, [rows + s * dy, columns + s * dx], order=1, mode="reflect")
-            for s in (np.float32(step), np.float32(-step))
-        )
-        out = 0.5 * (ahead + behind)
+        pad = int(np.ceil(step))
+        stride = width + 2 * pad
+        here = (np.arange(height, dtype=np.int32)[:, None] + pad) * stride + np.arange(width, dtype=np.int32) + pad
+        shift = np.rint(step * dy).astype(np.int32) * stride + np.rint(step * dx).astype(np.int32)
+        flat = np.pad(out, pad, mode="reflect").ravel()
+        out = np.float32(0.5) * (flat.take(here + shift) + flat.take(here - shift))
     return out * np.float32(2 ** (0.42 * len(steps_px)))
 
 
 @dataclass(frozen=True, eq=False)
 class _Cells:
-    """Nuclei as arrays, with each one's own draws ``u [nucleus, 32]`` in [0, 1)."""
+    """Nuclei as arrays, with each one's own draws ``u [nucleus, 32]`` in [0, 1).
+
+    ``bow`` -1..1 says to which side a nucleus is bent: around its vessel where there is one, else as it happens.
+    """
 
     x: Array
     y: Array
@@ -256,6 +268,7 @@ class _Cells:
     chromatin: Array
     darkness: Array
     type_index: Array
+    bow: Array
     u: Array
 
     @classmethod
@@ -267,6 +280,13 @@ class _Cells:
         order = {name: i for i, name in enumerate(CELL_TYPES)}
         columns = {c: nuclei[c].to_numpy(np.float64) for c in ("x_um", "y_um", "major_um", "minor_um", "angle")}
         draws = [stream(section.seed, "nucleus", section.donor, int(key)).random(32) for key in nuclei["key"]]
+        u = np.asarray(draws, dtype=np.float64).reshape(len(nuclei), 32)
+        vessel = np.asarray(section.fields["vessel_lumen"], dtype=np.float64)
+        node = np.stack([columns["y_um"], columns["x_um"]]) / section.grid_um
+        node = np.clip(node.astype(np.int64), 0, np.array(vessel.shape)[:, None] - 1)
+        down, right = (np.gradient(vessel, axis=axis)[node[0], node[1]] for axis in (0, 1))
+        inward = down * np.cos(columns["angle"]) - right * np.sin(columns["angle"])
+        beside_vessel = np.hypot(down, right) > 0.02
         return cls(
             x=columns["x_um"],
             y=columns["y_um"],
@@ -277,7 +297,8 @@ class _Cells:
             chromatin=nuclei["chromatin"].to_numpy(np.float64),
             darkness=nuclei["darkness"].to_numpy(np.float64),
             type_index=nuclei["cell_type"].astype(str).map(order).to_numpy(np.int64),
-            u=np.asarray(draws, dtype=np.float64).reshape(len(nuclei), 32),
+            bow=np.where(beside_vessel, np.sign(inward), 2 * u[:, 1] - 1),
+            u=u,
         )
 
 
@@ -343,17 +364,17 @@ def _outline(cells: _Cells, i: int, look: _Look, dx: Array, dy: Array, mitotic: 
     A superellipse bent along its long axis and perturbed by harmonics 2-6, with the area of the ellipse kept.
     """
     u = cells.u[i]
-    a, b = (cells.a[i], cells.b[i]) if not mitotic else (cells.a[i] * 1.05, cells.a[i] * 0.34)
+    a, b = (cells.a[i], cells.b[i]) if not mitotic else (cells.a[i] * 0.88, cells.a[i] * 0.33)
     along, across = dx * cells.cos[i] + dy * cells.sin[i], dy * cells.cos[i] - dx * cells.sin[i]
-    bend = look.bend * (2 * u[1] - 1 if look.bend < 0.5 else np.sign(u[1] - 0.5) * (0.5 + 0.5 * u[2]))
-    across = across - np.float32(bend * b / a**2) * along * along
+    wave = np.float32(0.5 * look.bend * (2 * u[2] - 1) / a)
+    across = across - np.float32(look.bend * cells.bow[i]) * along * along - wave * along**3
     grow = 1.0 if look.power == 2 else 1.07
     p, q = along / np.float32(a * grow), across / np.float32(b * grow)
     radius = np.sqrt(p * p + q * q)
     z = (p + 1j * q) / np.maximum(radius, 1e-3)
     if look.power != 2:
         radius = (np.abs(p) ** look.power + np.abs(q) ** look.power) ** np.float32(1 / look.power)
-    rough = look.rough * (2.2 if mitotic else 1.0)
+    rough = look.rough * (2.0 if mitotic else 1.0)
     strength = rough * (0.4 + 1.2 * u[3:8]) * np.array([1.0, 0.9, 0.7, 0.6, 0.5])
     turn, shape, power = np.exp(2j * np.pi * u[8:13]), np.ones_like(radius), z
     for k in range(5):
@@ -381,7 +402,7 @@ def _nuclei(canvas: _Canvas, cells: _Cells) -> tuple[Array, Array, Array]:
         dx, dy = _offsets(window, cells.x[i], cells.y[i])
         radius, cos, sin = _outline(cells, i, look, dx, dy, mitotic)
         size = float(min(cells.a[i], cells.b[i])) * (0.5 if mitotic else 1.0)
-        edge = 0.16 + 0.22 * u[14]
+        edge = 0.11 + 0.16 * u[14]
         inside = 1 / (1 + np.exp(np.clip((radius - 1) * np.float32(size / edge), -30, 30)))
 
         # each nucleus sees its own piece of the chromatin noise, else neighbours that move would share one pattern
@@ -417,7 +438,7 @@ def _nuclei(canvas: _Canvas, cells: _Cells) -> tuple[Array, Array, Array]:
 
 
 def _stroma(canvas: _Canvas) -> tuple[Array, Array]:
-    """Haematoxylin and eosin of the matrix: wavy collagen bundles with clefts, loose pale ground between, ``[H, W]``."""
+    """Haematoxylin and eosin of the matrix: wavy collagen bundles, clefts, pale loose ground, ``[H, W]``."""
     angle = np.asarray(canvas.section.fields["fibre_angle"])
     angle = 0.5 * np.arctan2(canvas.resample(np.sin(2 * angle)), canvas.resample(np.cos(2 * angle)))
     angle = angle + 0.32 * canvas.noise("crimp", 7.0) + 0.18 * canvas.noise("crimp fine", 3.0)
@@ -425,8 +446,8 @@ def _stroma(canvas: _Canvas) -> tuple[Array, Array]:
     bundle = _streaks(canvas.noise("bundles", 1.3), angle, (2.5, 5.0, 10.0, 16.0)) + 0.5 * canvas.noise("bundle", 6.0)
     fibril = _streaks(canvas.noise("fibrils", 0.4), angle, (1.0, 2.0, 4.0, 7.0))
     dense = _smoothstep(collagen + 0.16 * canvas.noise("density", 9.0), 0.1, 0.75)
-    body = 1 / (1 + np.exp(-(bundle + 2.4 * dense - 0.35) * 2.6))
-    eosin = body * (0.10 + 0.17 * dense) * (1 + 0.16 * fibril + 0.14 * np.tanh(bundle)) + 0.012
+    body = 1 / (1 + np.exp(-(bundle + 0.35 * fibril + 2.1 * dense - 0.35) * 3.2))
+    eosin = body * (0.10 + 0.18 * dense) * (1 + 0.34 * fibril + 0.22 * np.tanh(bundle)) + 0.012
     ground = (0.018 + 0.03 * (1 - dense)) * (1 + 0.5 * np.tanh(fibril + 0.6 * bundle))
     return ground + 0.02 * body, np.maximum(eosin, 0)
 
@@ -448,11 +469,13 @@ def _erythrocytes(canvas: _Canvas, vessel: Array) -> Array:
         r = np.hypot(dx * c + dy * s, (dy * c - dx * s) / (0.62 + 0.38 * u[j, k, 4])) / (2.7 + 0.6 * u[j, k, 5])
         disc = (0.72 + 0.28 * np.minimum(r, 1) ** 2) / (1 + np.exp(np.clip((r - 1) * 11, -30, 30)))
         np.maximum(out[window], disc, out=out[window])
-    return 0.34 * out
+    return 0.40 * out
 
 
 def _deposit(canvas: _Canvas, cells: _Cells) -> tuple[Array, Array]:
     """Amounts of the three stains ``[H, W, 3]`` in optical density units, and the label mask."""
+    haem: Array
+    eosin: Array
     haem, eosin = _stroma(canvas)
     grain = 0.55 * canvas.noise("cytoplasm fine", 0.45) + 0.6 * canvas.noise("cytoplasm", 1.3)
     patchy = canvas.noise("patchy", 14.0)
@@ -467,7 +490,7 @@ def _deposit(canvas: _Canvas, cells: _Cells) -> tuple[Array, Array]:
     # a shrinking nest tears off the stroma along parts of its border
     torn = _smoothstep(canvas.noise("retraction", 18.0) - 0.25 * cohesion, 0.5, 1.0)
     tear = torn * np.exp(-(((epithelium - 0.30) / 0.11) ** 2))
-    haem, eosin = haem * (1 - 0.9 * tear), eosin * (1 - 0.92 * tear)
+    haem, eosin = haem * (1 - 0.9 * tear), eosin * (1 - 0.9 * tear)
 
     if len(cells.x):
         owner, distance, gap = _territories(canvas, cells)
@@ -481,14 +504,14 @@ def _deposit(canvas: _Canvas, cells: _Cells) -> tuple[Array, Array]:
         cyto_h, cyto_e = (per_cell("cyto_h") * tint)[of], (per_cell("cyto_e") * tint)[of]
         is_epithelial = np.isin(cells.type_index, [CELL_TYPES.index(t) for t in _EPITHELIAL])[of]
         alone = owned * (1 - _smoothstep(distance - per_cell("margin")[of], -0.5, 0.5))
-        cyto = np.where(is_epithelial & owned, np.maximum(nest, alone), alone)
-        filler = (nest > 0) & ~(owned & is_epithelial)
-        base_h, base_e = haem * (1 - nest) + 0.09 * nest, eosin * (1 - nest) + 0.18 * nest
-        haem, eosin = np.where(filler, base_h, haem), np.where(filler, base_e, eosin)
-
+        held = nest * (1 - _smoothstep(distance, _EPITHELIAL_REACH_UM - 3.5, _EPITHELIAL_REACH_UM - 0.5))
+        cyto = np.where(is_epithelial & owned, np.maximum(held, alone), alone)
+        # where a nest has no nucleus in this plane of section, its cytoplasm is cut tangentially: pale and granular
+        thin = np.clip(1 + 0.2 * grain + 0.25 * patchy, 0.3, 2)
+        haem, eosin = haem * (1 - nest) + 0.06 * thin * nest, eosin * (1 - nest) + 0.13 * thin * nest
         foam = per_cell("foam")[of]
         bubbles = _smoothstep(canvas.noise("foam", 0.75), -0.1, 1.0)
-        texture = np.clip(1 + (0.16 + 0.1 * foam) * grain + 0.08 * patchy, 0.2, 2) * (1 - 0.62 * foam * bubbles)
+        texture = np.clip(1 + (0.27 + 0.08 * foam) * grain + 0.08 * patchy, 0.2, 2) * (1 - 0.5 * foam * bubbles)
         between = np.exp(-((gap / 0.55) ** 2))
         loose = _smoothstep(-cohesion + 0.5 * canvas.noise("loosening", 6.0), 0.4, 1.8)
         line = between * is_epithelial * (0.32 - 1.15 * loose)
@@ -523,8 +546,9 @@ def _scan(canvas: _Canvas, light: Array, stain: Stain) -> Array:
     n, sigma = canvas.n, stain.blur_um / UM_PER_PX
     sharp = ndimage.gaussian_filter(light, (sigma, sigma, 0))
     soft = ndimage.gaussian_filter(sharp, (1.1, 1.1, 0))
-    away = _smoothstep(canvas.noise("focus", 60.0) + 3 * stain.defocus - 1.5, 0.0, 2.0)[..., None]
-    picture = sharp + (soft - sharp) * away
+    # in focus the scanner's sharpening wins (negative), elsewhere the blur
+    away = 1.35 * _smoothstep(canvas.noise("focus", 60.0) + 3 * stain.defocus - 1.5, 0.0, 2.0) - 0.55
+    picture = np.clip(sharp + (soft - sharp) * away[..., None], 0, 1)
     shade = 1 + 0.012 * canvas.noise("illumination", 150.0)
     camera = stream(canvas.section.seed, "texture", canvas.section.donor, "camera")
     shot = camera.standard_normal((n, n, 3), dtype=np.float32) * np.float32(stain.noise)
