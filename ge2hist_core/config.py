@@ -71,7 +71,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the parts are trained. ``beta`` and ``gamma`` are the paper's, equation (9)."""
+    """How the parts are trained. ``beta`` and ``gamma`` are the paper's, equation (9).
+
+    ``reconstruction`` weighs the embedding error kept in the main training, ``latent_noise`` is the noise on the autoencoder's
+    latents in their standard deviations, ``latent_variants`` how many of a tile's eight rotations and reflections are encoded.
+    """
 
     steps: int = 20000
     batch_size: int = 32

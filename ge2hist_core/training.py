@@ -1,0 +1,582 @@
+"""Train a bundle: ``python -m ge2hist_core train DATA.zarr --scgpt DIR --out BUNDLE``.
+
+Stages, each resumable, with their work in ``BUNDLE/.work``:
+
+1. ``embeddings``: scGPT embedding of every cell with a whole tile;
+2. ``autoencoder``: tile <-> latent;
+3. ``latents``: the training tiles in several rotations and reflections as float16 latents;
+4. ``vae``: both VAEs by themselves, no separation yet;
+5. ``main``: VAEs, classifier and U-Net together, (9) ``L = L_CDM + beta L_cls + gamma L_KL`` and the two small terms that
+   :mod:`ge2hist_core.vae` explains;
+6. mixture of z_c, support, report, and the bundle written.
+
+Every draw comes from a stream named by stage and step and the state of a stage is one checkpoint, so that a run killed at
+any moment and resumed ends in the weights of an uninterrupted one (same machine, same number of threads and processes).
+
+Choices
+- Cells are drawn with probability ~ 1 / sqrt(frequency of their type): a type of 1 % is seen as often as one of 10 % otherwise would at
+  a third of its share, while common types still give most of the pictures.
+- The loss on v is not re-weighted. Min-SNR (Hang et al. 2023) would lower the weight of the noisiest times, where the layout, that is density
+  and composition, is decided and the condition matters most.
+- Times are stratified over the batch (Kingma et al. 2021, arXiv 2107.00630, appendix I.1): less noise in the loss for nothing.
+- Learning rate: linear warm-up, constant, last fifth linear to 0 (Haegele et al. 2024, arXiv 2405.18392), so that ``--steps`` may be raised later.
+- bf16 autocast only on request: on CPUs without matrix units it takes about twice the time of float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ge2hist_core import rng
+from ge2hist_core.autoencoder import TileAutoencoder, autoencoder_loss, from_uint8, psnr
+from ge2hist_core.config import CELL_TYPES, PRESETS, ModelConfig, TrainConfig, to_json
+from ge2hist_core.denoiser import Denoiser
+from ge2hist_core.files import atomic_path, write_json
+from ge2hist_core.model import GE2Hist
+from ge2hist_core.sampler import alphas_cumprod
+from ge2hist_core.support import Support
+from ge2hist_core.types import BadInput
+from ge2hist_core.vae import (
+    StateEncoder,
+    active_units,
+    classification_loss,
+    fit_mixture,
+    kl_divergence,
+    probe_accuracy,
+    probe_r2,
+    reconstruction_loss,
+    type_prior,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ge2hist_core.store import TissueStore
+
+__all__ = ["Record", "Trainer", "add_arguments", "main"]
+
+Batch = dict[str, Tensor]
+
+# Elements of the square's symmetry group in the order in which variants of a tile are used: 0-3 are quarter turns, 4-7 the same
+# after a reflection. The first two, four and eight are balanced between both kinds.
+_VARIANTS = (0, 5, 2, 7, 4, 1, 6, 3)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step of a stage: ``step`` is done of ``total``; ``terms`` are the losses by name (empty for plain work)."""
+
+    stage: str
+    step: int
+    total: int
+    terms: dict[str, float]
+
+
+# --- objectives: batch -> loss terms, "loss" is what is minimised --------------------------------------------------
+
+
+class AutoencoderObjective(nn.Module):
+    """L1 plus gradient loss of tiles; batch: ``pixels``, ``noise``."""
+
+    def __init__(self, autoencoder: TileAutoencoder, config: TrainConfig) -> None:
+        super().__init__()
+        self.autoencoder, self.noise_level = autoencoder, config.latent_noise
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        reconstruction, raw = self.autoencoder(batch["pixels"], batch["noise"], self.noise_level)
+        terms = autoencoder_loss(reconstruction, batch["pixels"])
+        # Keeps raw latents near unit scale; too weak to shape them.
+        scale = 1e-4 * raw.float().square().mean()
+        return {"loss": terms["l1"] + terms["gradient"] + scale, **terms}
+
+
+class VAEObjective(nn.Module):
+    """Each VAE by itself: reconstruction and KL; batch: ``embedding``, ``eps_c``, ``eps_e``."""
+
+    def __init__(self, encoder: StateEncoder, config: TrainConfig) -> None:
+        super().__init__()
+        self.encoder, self.gamma = encoder, config.gamma
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        embedding = batch["embedding"]
+        target = self.encoder.standardise(embedding)
+        terms: dict[str, Tensor] = {}
+        parts = (self.encoder.type_vae, self.encoder.niche_vae)
+        for name, vae, q in zip("ce", parts, self.encoder(embedding), strict=True):
+            terms[f"rec_{name}"] = reconstruction_loss(vae.generative(q.loc + q.scale * batch[f"eps_{name}"]), target)
+            terms[f"kl_{name}"] = kl_divergence(q, embedding.shape[1])
+        loss = terms["rec_c"] + terms["rec_e"] + self.gamma * (terms["kl_c"] + terms["kl_e"])
+        return {"loss": loss, **terms}
+
+
+class MainObjective(nn.Module):
+    """Equation (9); batch: ``embedding, label, latent, t, noise, eps_c, eps_e, drop``."""
+
+    def __init__(self, encoder: StateEncoder, denoiser: Denoiser, model: ModelConfig, config: TrainConfig) -> None:
+        super().__init__()
+        self.encoder, self.denoiser, self.config = encoder, denoiser, config
+        bars = torch.tensor(alphas_cumprod(model.train_timesteps), dtype=torch.float64)
+        self.register_buffer("alpha", bars.sqrt().float(), persistent=False)
+        self.register_buffer("sigma", (1 - bars).sqrt().float(), persistent=False)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        embedding, label, x_0, noise = batch["embedding"], batch["label"], batch["latent"], batch["noise"]
+        q_c, q_e = self.encoder(embedding)
+        z_c = q_c.loc + q_c.scale * batch["eps_c"]
+        z_e = q_e.loc + q_e.scale * batch["eps_e"]
+
+        alpha, sigma = (level[batch["t"]][:, None, None, None] for level in (self.alpha, self.sigma))
+        x_t = alpha * x_0 + sigma * noise  # (4)
+        v = self.denoiser(x_t, batch["t"], torch.cat([z_c, z_e], dim=1), batch["drop"])
+        cdm = (v.float() - (alpha * noise - sigma * x_0)).square().mean()  # (8), on v
+
+        type_vae, niche_vae = self.encoder.type_vae, self.encoder.niche_vae
+        logits = type_vae.logits(z_c)
+        cls = classification_loss(logits, label)  # (1)
+        kl = kl_divergence(q_e, embedding.shape[1])  # (2)
+        prior = type_prior(q_c, type_vae.prior_mean, label, embedding.shape[1])
+        together = type_vae.generative(z_c) + niche_vae.generative(z_e)
+        rec = reconstruction_loss(together, self.encoder.standardise(embedding))
+
+        c = self.config
+        loss = cdm + c.beta * cls + c.gamma * (kl + prior) + c.reconstruction * rec  # (9)
+        accuracy = (logits.argmax(1) == label).float().mean()
+        return {"loss": loss, "cdm": cdm, "cls": cls, "kl": kl, "prior": prior, "rec": rec, "accuracy": accuracy}
+
+
+# --- one loop for all three ----------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Warm-up, constant, last fifth linear to 0."""
+    return peak * min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1.0, 0.2 * steps))
+
+
+def fit(
+    stage: str,
+    objective: nn.Module,
+    batch: Callable[[int], Batch],
+    work: Path,
+    accelerator: Accelerator,
+    identity: str,
+    *,
+    steps: int,
+    peak_rate: float,
+    config: TrainConfig,
+    deadline: float = float("inf"),
+) -> Iterator[Record]:
+    """Minimise ``objective(batch(step))["loss"]``; yields a record per step.
+
+    When the iterator ends, ``objective`` holds the exponential moving average of its weights. Goes on from
+    ``work/<stage>.pt`` where that exists; losses are in ``work/<stage>.csv``.
+
+    Parameters
+    ----------
+    identity: of data and configuration; a checkpoint of another one is refused.
+    deadline: ``time.monotonic()`` after which the stage pauses with a checkpoint.
+
+    Raises
+    ------
+    BadInput: the checkpoint belongs to other data or another configuration.
+    """
+    objective.train().requires_grad_(True).to(accelerator.device)
+    average = copy.deepcopy(objective).requires_grad_(False)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=peak_rate, weight_decay=1e-4)
+    checkpoint, log = work / f"{stage}.pt", work / f"{stage}.csv"
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if state["identity"] != identity:
+            raise BadInput(f"{checkpoint} was made with other data or settings: use the same, or choose another --out.")
+        objective.load_state_dict(state["objective"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    trained, optimizer = accelerator.prepare(objective, optimizer)
+    rows = _read_log(log, start)
+
+    def save(step: int) -> None:
+        if not accelerator.is_main_process:
+            return
+        state = {"identity": identity, "step": step, "objective": objective.state_dict()}
+        with atomic_path(checkpoint) as temporary:
+            torch.save({**state, "average": average.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
+        _write_log(log, rows)
+
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, config.warmup_steps, peak_rate)
+        values = {name: value.to(accelerator.device) for name, value in batch(step).items()}
+        with accelerator.autocast():
+            terms = trained(values)
+        optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(terms["loss"])
+        accelerator.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        _update_average(average, objective, min(config.ema, (1 + step) / (10 + step)))
+        record = Record(stage, step + 1, steps, {name: float(value) for name, value in terms.items()})
+        rows.append({"step": record.step, **record.terms})
+        late = time.monotonic() > deadline
+        if late or record.step % config.checkpoint_every == 0 or record.step == steps:
+            save(record.step)
+        yield record
+        if late:
+            break
+    objective.load_state_dict(average.state_dict())
+    objective.eval().requires_grad_(False).to("cpu")
+
+
+@torch.no_grad()
+def _update_average(average: nn.Module, objective: nn.Module, decay: float) -> None:
+    pairs = list(zip(average.parameters(), objective.parameters(), strict=True))
+    torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
+
+
+def _read_log(path: Path, before: int) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as handle:
+        return [row for row in csv.DictReader(handle) if int(row["step"]) <= before]
+
+
+def _write_log(path: Path, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def dihedral(tiles: np.ndarray, element: int) -> np.ndarray:
+    """Tiles ``[n, H, W, 3]`` turned by ``element % 4`` quarter turns after a reflection if ``element >= 4``."""
+    if element >= 4:
+        tiles = tiles[:, :, ::-1]
+    return np.ascontiguousarray(np.rot90(tiles, element % 4, axes=(1, 2)))
+
+
+# --- the whole run --------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """All stages of one bundle; :meth:`run` is the generator that does the work.
+
+    Parameters
+    ----------
+    store: the tissue; donors are split by ``store.split()`` and only training donors are learned from.
+    scgpt_folder: cell encoder. out: the bundle to be. model, config: sizes and training.
+    accelerator: device, precision and processes; by default what ``accelerate`` finds.
+    """
+
+    def __init__(
+        self,
+        store: TissueStore,
+        scgpt_folder: str | Path,
+        out: str | Path,
+        model: ModelConfig,
+        config: TrainConfig,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        from accelerate import Accelerator
+
+        self.store, self.out, self.config = store, Path(out), config
+        self.work = self.out / ".work"
+        self.accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision)
+        self.model = GE2Hist.untrained(model, scgpt_folder, config.seed)
+        if (self.out / "reader.safetensors").exists():
+            from ge2hist_core.nuclei import LearnedReader
+
+            self.model.reader = LearnedReader.load(self.out)
+        types = np.array(model.cell_types, dtype=object)
+        unknown = sorted(set(store.cells.cell_type) - set(types))
+        if unknown:
+            raise BadInput(f"The store has the cell type {unknown[0]!r}, which is not in the model's configuration.")
+        self.label = np.searchsorted(np.sort(types), store.cells.cell_type.astype(str))
+        self.label = np.argsort(types.astype(str), kind="stable")[self.label]
+        split = store.split()
+        self.rows = {name: store.rows(donors) for name, donors in split.items()}
+        for name, rows in self.rows.items():
+            if not len(rows):
+                raise BadInput(f"The {name} donors have no cell with a whole tile: give more or larger sections.")
+        self.identity = self._identity(model)
+
+    def _identity(self, model: ModelConfig) -> str:
+        free = ("steps", "checkpoint_every")
+        settings = {k: v for k, v in to_json(self.config).items() if k not in free}
+        digest = hashlib.sha256(json.dumps([to_json(model), settings, self.model.scgpt.sha256]).encode())
+        for array in (self.store.cells.counts.data, self.store.cells.counts.indices, self.store.cells.counts.indptr):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update("\n".join(self.store.cells.cell_id).encode())
+        return digest.hexdigest()
+
+    def run(self, deadline: float = float("inf")) -> Iterator[Record]:
+        """Go through all stages, from wherever the work folder is; yields a record per step.
+
+        ``deadline`` (``time.monotonic()``) ends the main stage early; the bundle is written all the same.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        model, config = self.model, self.config
+        yield from self._embed()
+        self._drop_empty_cells()
+
+        objective: nn.Module = AutoencoderObjective(model.autoencoder, config)
+        yield from self._fit(objective, "autoencoder", self._autoencoder_batch, config.autoencoder_steps)
+        model.autoencoder.fit_statistics(self._raw_latents())
+        yield from self._encode_tiles()
+
+        model.encoder.fit_standardisation(torch.from_numpy(self.embedding[self.rows["train"]]))
+        objective = VAEObjective(model.encoder, config)
+        yield from self._fit(objective, "vae", self._vae_batch, config.vae_steps)
+        objective = MainObjective(model.encoder, model.denoiser, model.config, config)
+        done = 0
+        for record in self._fit(objective, "main", self._main_batch, config.steps, deadline):
+            done = record.step
+            yield record
+        if self.accelerator.is_main_process:
+            self.finish(done)
+
+    def _fit(
+        self, objective: nn.Module, stage: str, batch: Callable[[int], Batch], steps: int, deadline: float = float("inf")
+    ) -> Iterator[Record]:
+        rate = self.config.autoencoder_learning_rate if stage == "autoencoder" else self.config.learning_rate
+        return fit(
+            stage, objective, batch, self.work, self.accelerator, self.identity,
+            steps=steps, peak_rate=rate, config=self.config, deadline=deadline,
+        )  # fmt: skip
+
+    # --- stages that fill an array, block by block ------------------------------------------------------------------
+
+    def _fill(
+        self, name: str, shape: tuple[int, ...], dtype: str, block: int, compute: Callable[[slice], np.ndarray]
+    ) -> Iterator[Record]:
+        """Fill ``work/<name>.npy`` in blocks of its first axis; what a killed run has filled stays."""
+        path, mark = self.work / f"{name}.npy", self.work / f"{name}.json"
+        if self.accelerator.is_main_process:
+            done = 0
+            if mark.exists():
+                state = json.loads(mark.read_text(encoding="utf-8"))
+                if state["identity"] != self.identity:
+                    raise BadInput(f"{path} was made with other data or settings: use the same, or choose another --out.")
+                done = state["done"]
+            array = (
+                np.lib.format.open_memmap(path, mode="r+")
+                if done
+                else np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+            )
+            for start in range(done, shape[0], block):
+                stop = min(start + block, shape[0])
+                array[start:stop] = compute(slice(start, stop))
+                array.flush()
+                write_json(mark, {"identity": self.identity, "done": stop})
+                yield Record(name, stop, shape[0], {})
+        self.accelerator.wait_for_everyone()
+
+    def _embed(self) -> Iterator[Record]:
+        rows = np.sort(np.concatenate(list(self.rows.values())))
+        cells, seed = self.store.cells, self.config.seed
+
+        def compute(part: slice) -> np.ndarray:
+            return self.model.scgpt.embed(cells.take(rows[part]), seed, on_empty="nan")
+
+        yield from self._fill("embeddings", (len(rows), self.model.scgpt.dim), "float32", 512, compute)
+        self.embedding = np.full((len(self.store), self.model.scgpt.dim), np.nan, dtype=np.float32)
+        self.embedding[rows] = np.load(self.work / "embeddings.npy")
+
+    def _drop_empty_cells(self) -> None:
+        """Cells without a gene that the encoder knows have no embedding."""
+        self.rows = {name: rows[np.isfinite(self.embedding[rows, 0])] for name, rows in self.rows.items()}
+        label = self.label[self.rows["train"]]
+        weight = 1 / np.sqrt(np.bincount(label, minlength=len(self.model.cell_types))[label])
+        self.cumulative = np.cumsum(weight) / weight.sum()
+
+    def _encode_tiles(self) -> Iterator[Record]:
+        rows, m = self.rows["train"], self.model.config
+        variants = _VARIANTS[: self.config.latent_variants]
+
+        def compute(part: slice) -> np.ndarray:
+            tiles = self.store.tiles(rows[part])
+            latents = [self.model.autoencoder.encode(dihedral(tiles, element)) for element in variants]
+            return torch.stack(latents, dim=1).numpy()
+
+        shape = (len(rows), len(variants), m.latent_channels, m.latent_px, m.latent_px)
+        yield from self._fill("latents", shape, "float16", 64, compute)
+        self.latents = np.load(self.work / "latents.npy", mmap_mode="r")
+
+    def _raw_latents(self) -> Tensor:
+        rows = rng.stream(self.config.seed, "latent statistics").permutation(self.rows["train"])[:1024]
+        tiles = self.store.tiles(rows)
+        encode = self.model.autoencoder.encode  # statistics are still 0 and 1 here
+        return torch.cat([encode(tiles[i : i + 64]) for i in range(0, len(tiles), 64)])
+
+    # --- batches --------------------------------------------------------------------------------------------------
+
+    def _stream(self, stage: str, step: int) -> np.random.Generator:
+        return rng.stream(self.config.seed, f"{stage} batch", step, self.accelerator.process_index)
+
+    def _autoencoder_batch(self, step: int) -> Batch:
+        g, n, m = self._stream("autoencoder", step), self.config.autoencoder_batch, self.model.config
+        rows = self.rows["train"][g.integers(len(self.rows["train"]), size=n)]
+        pixels = from_uint8(dihedral(self.store.tiles(rows), int(g.integers(8))))
+        noise = g.standard_normal((n, m.latent_channels, m.latent_px, m.latent_px), dtype=np.float32)
+        return {"pixels": pixels, "noise": torch.from_numpy(noise)}
+
+    def _state_batch(self, g: np.random.Generator) -> tuple[np.ndarray, Batch]:
+        n, m = self.config.batch_size, self.model.config
+        chosen = np.searchsorted(self.cumulative, g.random(n), side="right").clip(max=len(self.cumulative) - 1)
+        rows = self.rows["train"][chosen]
+        return chosen, {
+            "embedding": torch.from_numpy(self.embedding[rows]),
+            "label": torch.from_numpy(self.label[rows]),
+            "eps_c": torch.from_numpy(g.standard_normal((n, m.d_c), dtype=np.float32)),
+            "eps_e": torch.from_numpy(g.standard_normal((n, m.d_e), dtype=np.float32)),
+        }
+
+    def _vae_batch(self, step: int) -> Batch:
+        return self._state_batch(self._stream("vae", step))[1]
+
+    def _main_batch(self, step: int) -> Batch:
+        g = self._stream("main", step)
+        chosen, batch = self._state_batch(g)
+        n, steps = len(chosen), self.model.config.train_timesteps
+        latent = self.latents[chosen, g.integers(self.latents.shape[1], size=n)].astype(np.float32)
+        times = (np.arange(n) + g.random(n)) / n * steps
+        return {
+            **batch,
+            "latent": torch.from_numpy(latent),
+            "noise": torch.from_numpy(g.standard_normal(latent.shape, dtype=np.float32)),
+            "t": torch.from_numpy(times.astype(np.int64).clip(max=steps - 1)),
+            "drop": torch.from_numpy(g.random(n) < self.config.condition_dropout),
+        }
+
+    # --- after the training ---------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _means(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        q_c, q_e = self.model.encoder(torch.from_numpy(self.embedding[rows]))
+        return q_c.loc.numpy(), q_e.loc.numpy()
+
+    def _some(self, name: str, n: int) -> np.ndarray:
+        return np.sort(rng.stream(self.config.seed, "subset", name).permutation(self.rows[name])[:n])
+
+    def finish(self, steps_done: int) -> None:
+        """Fit the mixture and the support, judge the separation, write the bundle."""
+        model, seed = self.model, self.config.seed
+        train = self.rows["train"]
+        model.mixture = fit_mixture(self._means(train)[0], self.label[train], len(model.cell_types), seed)
+        reference, held_out = self._some("train", 4000), self._some("validation", 2000)
+        ids = self.store.cells.cell_id[reference]
+        model.support = Support.fit(self.embedding[reference], ids, self.embedding[held_out])
+        split = self.store.split()
+        model.report = {
+            "data": self.store.path.name,
+            "simulation": self.store.simulation,
+            "donors": {name: list(donors) for name, donors in split.items()},
+            "cells": {name: len(rows) for name, rows in self.rows.items()},
+            "steps": steps_done,
+            "train": to_json(self.config),
+            "separation": self.separation(),
+            "autoencoder_psnr_db": self._psnr(),
+        }
+        model.save(self.out)
+
+    def separation(self) -> dict[str, Any]:
+        """Does z_c hold the type and z_e the environment? All figures on donors never trained on.
+
+        Returns
+        -------
+        ``classifier_accuracy`` (and of the validation donors); ``active_units`` of both halves; balanced accuracy of a linear
+        probe of the type from each half (``chance`` = 1 / types); R2 of linear probes of every ``programme_*`` column that
+        the store knows.
+        """
+        rows = {"train": self._some("train", 5000), "test": self._some("test", 5000)}
+        z = {name: dict(zip(("z_c", "z_e"), self._means(some), strict=True)) for name, some in rows.items()}
+        label = {name: self.label[some] for name, some in rows.items()}
+        report: dict[str, Any] = {
+            "classifier_accuracy": self._accuracy("test"),
+            "classifier_accuracy_validation": self._accuracy("validation"),
+            "chance": 1 / len(np.unique(label["test"])),
+        }
+        programmes = [name for name in self.store.obs.columns if name.startswith("programme_")]
+        values = {name: self.store.obs[programmes].to_numpy()[some] for name, some in rows.items()}
+        for half in ("z_c", "z_e"):
+            fitted, asked = z["train"][half], z["test"][half]
+            report[f"active_units_{half}"] = active_units(asked)
+            report[f"type_accuracy_{half}"] = probe_accuracy(fitted, label["train"], asked, label["test"])
+            if programmes:
+                r2 = probe_r2(fitted, values["train"], asked, values["test"])
+                report[f"r2_{half}"] = {
+                    name.removeprefix("programme_"): float(value) for name, value in zip(programmes, r2, strict=True)
+                }
+        return report
+
+    @torch.inference_mode()
+    def _accuracy(self, name: str) -> float:
+        rows = self.rows[name]
+        logits = self.model.encoder.type_vae.logits(torch.from_numpy(self._means(rows)[0]))
+        return float((logits.argmax(1).numpy() == self.label[rows]).mean())
+
+    def _psnr(self) -> float:
+        tiles = self.store.tiles(self._some("test", 256))
+        return psnr(self.model.autoencoder.decode(self.model.autoencoder.encode(tiles)), tiles)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, metavar="DATA.zarr")
+    parser.add_argument("--scgpt", type=Path, required=True, metavar="DIR", help="folder of a scGPT checkpoint")
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="demo")
+    parser.add_argument("--steps", type=int, help="of the main training; may be raised on a later --resume")
+    parser.add_argument("--minutes", type=float, help="of this run; then the bundle is written, --resume goes on")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"))
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--resume", action="store_true", help="go on with the work in BUNDLE")
+
+
+def main(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from ge2hist_core.embedding import ScGPT
+    from ge2hist_core.store import TissueStore
+
+    deadline = float("inf") if args.minutes is None else time.monotonic() + 60 * args.minutes
+    if args.steps is not None and args.steps < 1:
+        raise BadInput(f"--steps is {args.steps}: give at least 1.")
+    if (args.out / ".work").exists() and not args.resume:
+        raise BadInput(f"{args.out} holds the work of another run: go on with --resume, or choose another --out.")
+    preset = PRESETS[args.preset]
+    given = {name: getattr(args, name) for name in ("steps", "mixed_precision", "seed")}
+    config = replace(preset.train, **{name: value for name, value in given.items() if value is not None})
+    store = TissueStore(args.data)
+    model = replace(
+        preset.model,
+        embedding_dim=ScGPT.load(args.scgpt).dim,
+        um_per_px=store.um_per_px,
+        cell_types=CELL_TYPES if set(store.cell_types) <= set(CELL_TYPES) else store.cell_types,
+    )
+    torch.set_num_threads(os.cpu_count() or 1)
+    trainer = Trainer(store, args.scgpt, args.out, model, config)
+    bar: tqdm | None = None
+    for record in trainer.run(deadline):
+        if bar is None or bar.desc.rstrip(": ") != record.stage:
+            if bar is not None:
+                bar.close()
+            bar = tqdm(total=record.total, desc=record.stage, disable=not trainer.accelerator.is_main_process)
+        bar.update(record.step - bar.n)
+        bar.set_postfix({name: f"{value:.3f}" for name, value in record.terms.items()}, refresh=False)
+    if bar is not None:
+        bar.close()
+    if trainer.accelerator.is_main_process:
+        print(json.dumps(trainer.model.report and trainer.model.report["separation"], indent=1))
