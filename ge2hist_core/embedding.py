@@ -20,6 +20,7 @@ import hashlib
 import json
 import pickle
 import re
+import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -34,18 +35,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ge2hist_core import rng
-from ge2hist_core.files import sha256_file
+from ge2hist_core.files import atomic_path, sha256_file
 from ge2hist_core.types import BadInput, Cells
 
 __all__ = [
-    "GENE_COLUMNS",
     "MIN_MATCH_RATE",
     "N_BINS",
     "Architecture",
     "Encoder",
     "Match",
     "ScGPT",
-    "best_gene_column",
     "bin_range",
     "match_genes",
 ]
@@ -54,9 +53,6 @@ N_BINS = 51
 """Bin 0 is "not expressed", expressed genes get 1..50. Fixed in the official code."""
 
 SPECIAL_TOKENS = ("<pad>", "<cls>", "<eoc>")
-
-GENE_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_names", "index")
-"""Columns of ``var`` that may hold gene symbols; ``index`` is ``var_names``. Earlier ones win a tie."""
 
 MIN_MATCH_RATE = 0.1
 """Below this :attr:`Match.rate` cells are refused: too little of them would be seen."""
@@ -238,25 +234,6 @@ def match_genes(genes: Sequence[str] | np.ndarray, vocab: Mapping[str, int]) -> 
     names = np.asarray(genes).astype(str).astype(object)
     known = {name: number for name, number in vocab.items() if name not in SPECIAL_TOKENS}
     return Match(names, np.array([known.get(name, -1) for name in names], dtype=np.int64), len(known))
-
-
-def best_gene_column(columns: Mapping[str, Sequence[str] | np.ndarray], vocab: Mapping[str, int]) -> tuple[str, Match]:
-    """The column of gene names of which most are known, and its match.
-
-    Parameters
-    ----------
-    columns: name -> ``[gene]``; ``index`` stands for ``var_names``.
-    vocab: token -> id.
-
-    Raises
-    ------
-    BadInput: no columns.
-    """
-    if not columns:
-        raise BadInput("The data name no genes: give symbols as var_names or in a column of var such as feature_name.")
-    order = {name: i for i, name in enumerate(GENE_COLUMNS)}
-    matches = [(name, match_genes(columns[name], vocab)) for name in sorted(columns, key=lambda n: order.get(n, 99))]
-    return max(matches, key=lambda pair: pair[1].matched)
 
 
 def bin_range(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -476,6 +453,64 @@ class _PairDraws:
 
     def __call__(self, cell: int, columns: np.ndarray) -> np.ndarray:
         return rng.pair_uniforms(self._cells[cell], self._genes[columns])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("cells", type=Path, metavar="CELLS.h5ad", help="raw counts")
+    parser.add_argument("--scgpt", type=Path, required=True, metavar="DIR", help="scGPT checkpoint folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT.h5ad", help='copy with obsm["X_scGPT"]')
+    parser.add_argument("--gene-column", metavar="NAME", help="column of var with symbols, or index (default: best match)")
+    parser.add_argument("--max-length", type=int, default=1200, metavar="N", help="most tokens per cell")
+    parser.add_argument("--seed", type=int, default=0, help="for values that many genes share and cells above max-length")
+    parser.add_argument("--on-empty", choices=("raise", "nan"), default="raise", help="cells without any known gene")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+
+
+def main(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from ge2hist_core.data import open_h5ad
+
+    model = ScGPT.load(args.scgpt, args.device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    with open_h5ad(args.cells, model.vocab, gene_column=args.gene_column) as source:
+        match = model.match(source.genes)
+        print(f"{match.matched} of {match.total} genes known, names from {source.preview.gene_column}")
+        for warning in source.preview.warnings:
+            print(f"note: {warning}")
+        out = np.empty((len(source), model.dim), dtype=np.float32)
+        with tqdm(total=len(source), unit="cell", desc="embed") as bar:
+            for start in range(0, len(source), 2048):
+                rows = np.arange(start, min(start + 2048, len(source)))
+                cells = source.take(rows, allow_empty=True)
+                out[rows] = model.embed(
+                    cells, args.seed, max_length=args.max_length, on_empty=args.on_empty, on_cells=bar.update
+                )
+    provenance = {
+        "scgpt_sha256": model.sha256,
+        "seed": args.seed,
+        "max_length": args.max_length,
+        "precision": args.precision,
+        "genes_known": match.matched,
+        "genes_total": match.total,
+    }
+    _write_embedding(args.cells, args.out, out, provenance)
+
+
+def _write_embedding(source: Path, path: Path, embedding: np.ndarray, provenance: dict[str, Any]) -> None:
+    """A copy of ``source`` with ``obsm["X_scGPT"]`` and ``uns["X_scGPT"]``; the matrix is never in memory."""
+    import h5py
+    from anndata.io import write_elem
+
+    with atomic_path(path) as temporary:
+        shutil.copyfile(source, temporary)
+        with h5py.File(temporary, "r+") as file:
+            for name, value in (("obsm", embedding), ("uns", provenance)):
+                if name not in file:
+                    write_elem(file, name, {})
+                if not isinstance(file[name], h5py.Group):
+                    raise BadInput(f"{source} is of an old format: read it with anndata, write it again and embed that.")
+                write_elem(file, f"{name}/X_scGPT", value)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
