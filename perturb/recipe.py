@@ -45,6 +45,7 @@ class Recipe:
     sample: solver, steps and guidance.
     seeds: one picture per cell, arm and seed; both arms share all of the noise of a seed.
     encoder_seed: of tie-breaking and gene subsampling in the encoder, and of the resampling in the statistics.
+    matrix, gene_column: what to read in the data instead of the automatic choice, as in ``data.open_h5ad``.
     schema: version of this format.
 
     Raises
@@ -59,6 +60,8 @@ class Recipe:
     sample: SampleConfig = field(default_factory=SampleConfig)
     seeds: tuple[int, ...] = DEFAULT_SEEDS
     encoder_seed: int = 0
+    matrix: str | None = None
+    gene_column: str | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -75,6 +78,9 @@ class Recipe:
         for seed in (*self.seeds, self.encoder_seed):
             if type(seed) is not int or not 0 <= seed < 2**63:
                 raise BadInput(f"A seed is {seed!r}: choose whole numbers from 0 to 2^63 - 1.")
+        for name in ("matrix", "gene_column"):
+            if not isinstance(getattr(self, name), str | None) or getattr(self, name) == "":
+                raise BadInput(f"{name} is {getattr(self, name)!r}: give a name or leave it out.")
         # 1 and 1.0 are the same guidance and must hash alike.
         object.__setattr__(self, "sample", replace(self.sample, guidance=float(self.sample.guidance)))
         if len(self.cell_ids) * len(self.seeds) > MAX_PICTURES:
@@ -158,6 +164,8 @@ class Recipe:
             "edit": str(self.perturbation),
             "seeds": _print_seeds(self.seeds),
             "encoder_seed": str(self.encoder_seed),
+            "matrix": self.matrix or "",
+            "gene_column": self.gene_column or "",
             "schema": str(self.schema),
         } | {name: _print_number(value) for name, value in to_json(self.sample).items()}
         return {name: value for name, value in query.items() if value != _QUERY_DEFAULTS.get(name)}
@@ -189,6 +197,8 @@ class Recipe:
             ),
             seeds=_parse_seeds(value["seeds"]),
             encoder_seed=_number("encoder_seed", value["encoder_seed"], int),
+            matrix=value["matrix"] or None,
+            gene_column=value["gene_column"] or None,
         )
 
 
@@ -244,6 +254,8 @@ _QUERY_DEFAULTS = {
     "edit": "",
     "seeds": _print_seeds(DEFAULT_SEEDS),
     "encoder_seed": "0",
+    "matrix": "",
+    "gene_column": "",
     "schema": str(SCHEMA),
 } | {f.name: _print_number(getattr(SampleConfig(), f.name)) for f in fields(SampleConfig)}
 
@@ -267,17 +279,16 @@ def main(args: argparse.Namespace) -> None:
     from ge2hist_core.data import open_h5ad
     from ge2hist_core.model import GE2Hist
 
-    source = open_h5ad(args.cells)
-    for cell in args.cell:
-        source.index_of(cell)
-    recipe = Recipe(
-        data_sha256=source.sha256,
-        model_sha256=GE2Hist.load(args.bundle).sha256,
-        cell_ids=tuple(args.cell),
-        perturbation=Perturbation.parse(args.edit),
-        sample=SampleConfig(args.solver, args.steps, args.guidance),
-        seeds=_parse_seeds(args.seeds),
-        encoder_seed=args.encoder_seed,
-    )
-    source.close()
+    model = GE2Hist.load(args.bundle)
+    with open_h5ad(args.cells, model.scgpt.vocab) as source:
+        recipe = Recipe(
+            data_sha256=source.sha256,
+            model_sha256=model.sha256,
+            cell_ids=tuple(args.cell),
+            perturbation=Perturbation.parse(args.edit),
+            sample=SampleConfig(args.solver, args.steps, args.guidance),
+            seeds=_parse_seeds(args.seeds),
+            encoder_seed=args.encoder_seed,
+        )
+        recipe.perturbation.apply(source.take([source.index_of(cell) for cell in args.cell]))
     print(json.dumps(recipe.to_dict(), indent=1, ensure_ascii=False))

@@ -89,6 +89,7 @@ class Result:
         bin_before, bin_after, in_vocabulary``.
     warnings: technical doubts, one sentence each.
     provenance: versions, hashes, sources.
+    model_card: text of the bundle's MODEL_CARD.md, empty if it has none.
     """
 
     recipe: Recipe
@@ -102,6 +103,7 @@ class Result:
     edits: pd.DataFrame
     warnings: tuple[str, ...]
     provenance: dict[str, Any]
+    model_card: str
 
     def _niches(self, arm: Arm) -> list[Niche]:
         seeds = self.recipe.seeds
@@ -166,6 +168,7 @@ def load_result(recipe_hash: str, cache: DiskCache) -> Result | None:
         um_per_px=stored["um_per_px"],
         warnings=tuple(stored["warnings"]),
         provenance=stored["provenance"],
+        model_card=stored["model_card"],
         **{name: _unpack(table) for name, table in stored["tables"].items()},
     )
 
@@ -189,5 +192,6 @@ def store_result(result: Result, cache: DiskCache) -> None:
         "tables": {name: _pack(getattr(result, name)) for name in TABLES},
         "warnings": list(result.warnings),
         "provenance": result.provenance,
+        "model_card": result.model_card,
     }
     cache.store_json(result.recipe.hash, value)

@@ -9,41 +9,45 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ge2hist_core.types import BadInput, Cells
+from ge2hist_core.types import BadInput, Cells, Latent
 from perturb.cache import DiskCache
 from perturb.recipe import Recipe
 from perturb.result import Arm, Result, load_arm, store_result
 from perturb.tables import compare
 
 if TYPE_CHECKING:
-    import torch
+    from ge2hist_core.data import H5adSource
+    from ge2hist_core.model import GE2Hist, Preview
 
-    from ge2hist_core.model import GE2Hist
+__all__ = ["Progress", "cells_for", "replay", "run"]
 
-__all__ = ["Progress", "replay", "run"]
-
-PICTURES_PER_CALL = 16
 FRAMES = 24
 """Steps of the first picture that are kept for replay, at most."""
+
+PEERS = 500
+"""Cells of each type that :func:`cells_for` adds for percentiles, at most."""
+
+ARMS = ("base", "edited")
 
 
 @dataclass(frozen=True)
 class Progress:
     """How far a run is: ``fraction`` of the whole in [0, 1], ``text`` for the user.
 
-    ``preview()`` decodes the current clean-image estimate of the pictures in work, uint8 ``[picture, H, W, 3]``; it
-    costs a decoder call, so it is made only when asked for. None where no picture is in work.
+    ``preview()`` decodes the current clean-image estimates of the pictures in work, as ``(arm, picture, image)``: arm
+    ``base`` or ``edited``, the picture's place in the arm, uint8 ``[H, W, 3]``. It costs a decoder call, so it is made
+    only when asked for. None where no picture is in work.
     """
 
     fraction: float
     text: str
-    preview: Callable[[], np.ndarray] | None = None
+    preview: Callable[[], list[tuple[str, int, np.ndarray]]] | None = None
 
 
 def run(
@@ -67,7 +71,7 @@ def run(
     Raises
     ------
     BadInput: a cell that ``cells`` lack, a gene that they lack, another model than the recipe's.
-    ge2hist_core.sampler.Stopped: cancelled. Finished arms stay in the cache.
+    ge2hist_core.sampler.Stopped: cancelled. Arms that the cache held stay there.
     """
     if model.sha256 != recipe.model_sha256:
         raise BadInput(
@@ -76,29 +80,39 @@ def run(
         )
     chosen = _choose(cells, recipe.cell_ids)
     edited_cells = recipe.perturbation.apply(chosen)
-    recipes = [recipe.base, recipe]
-    arms = [load_arm(one, cache) for one in recipes]
-    missing = [i for i, arm in enumerate(arms) if arm is None]
-    for turn, i in enumerate(missing):
-
-        def report(fraction: float, preview: Callable[[], np.ndarray], turn: int = turn, i: int = i) -> None:
-            if on_progress is not None:
-                text = ("Unedited niche", "Edited niche")[i]
-                on_progress(Progress((turn + fraction) / len(missing), text, preview))
-
-        arms[i] = _draw(recipes[i], model, (chosen, edited_cells)[i], report, cancel)
+    states = {"base": (recipe.base, chosen), "edited": (recipe, edited_cells)}
+    arms = {name: load_arm(one, cache) for name, (one, _) in states.items()}
+    wanted = {name: states[name][1] for name in ARMS if arms[name] is None}
+    for name, arm in _draw(recipe, model, wanted, on_progress, cancel).items():
+        arms[name] = arm
         if cache is not None:
-            cache.store_arrays(recipes[i].hash, arms[i].to_arrays())
-    base, edited = arms
-    result = compare(recipe, model, cells, chosen, edited_cells, base, edited)
+            cache.store_arrays(states[name][0].hash, arm.to_arrays())
+    result = compare(recipe, model, cells, chosen, edited_cells, arms["base"], arms["edited"])
     if cache is not None:
         store_result(result, cache)
     return result
 
 
 def replay(arm: Arm, model: GE2Hist) -> np.ndarray:
-    """The first picture while it was denoised, uint8 ``[frame, H, W, 3]``."""
-    return model.decode(arm.frames)
+    """The arm's first picture while it was denoised, uint8 ``[frame, H, W, 3]``."""
+    import torch
+
+    return model.autoencoder.decode(torch.from_numpy(arm.frames))
+
+
+def cells_for(source: H5adSource, cell_ids: Sequence[str]) -> Cells:
+    """The cells of a recipe and, after them, at most 500 others of each of their types, in the file's order.
+
+    Raises
+    ------
+    BadInput: a cell that the file lacks or that has no counts.
+    """
+    rows = [source.index_of(name) for name in cell_ids]
+    if source.cell_type is not None:
+        for cell_type in dict.fromkeys(source.cell_type[rows]):
+            peers = np.flatnonzero((source.cell_type == cell_type) & ~source.empty)
+            rows += np.setdiff1d(peers, rows)[:PEERS].tolist()
+    return source.take(rows)
 
 
 def _choose(cells: Cells, cell_ids: tuple[str, ...]) -> Cells:
@@ -112,38 +126,61 @@ def _choose(cells: Cells, cell_ids: tuple[str, ...]) -> Cells:
 def _draw(
     recipe: Recipe,
     model: GE2Hist,
-    cells: Cells,
-    report: Callable[[float, Callable[[], np.ndarray]], None],
+    wanted: dict[str, Cells],
+    on_progress: Callable[[Progress], None] | None,
     cancel: threading.Event | None,
-) -> Arm:
-    """One arm. Both arms come from this function with the same seeds, in calls of the same size."""
-    embedding = model.embed(cells, recipe.encoder_seed)
-    latent = model.encode(embedding)
-    n_pictures = len(cells) * len(recipe.seeds)
-    rows = np.repeat(np.arange(len(cells)), len(recipe.seeds))
-    seeds = np.tile(recipe.seeds, len(cells))
-    starts = range(0, n_pictures, PICTURES_PER_CALL)
-    images, frames = [], []
-    for start in starts:
-        part = slice(start, start + PICTURES_PER_CALL)
+) -> dict[str, Arm]:
+    """The wanted arms, drawn together: pictures of the same cell and seed lie side by side.
 
-        def on_step(i: int, n: int, x0: torch.Tensor, start: int = start) -> bool:
-            if start == 0 and (i + 1 == n or i % -(-n // FRAMES) == 0):
-                frames.append(x0[0].float().cpu().numpy().copy())
-            report((start / PICTURES_PER_CALL + (i + 1) / n) / len(starts), lambda: model.decode(x0))
-            return cancel is not None and cancel.is_set()
-
-        images.append(model.generate(latent.take(rows[part]), seeds[part].tolist(), recipe.sample, on_step))
-    pictures = np.concatenate(images)
-    return Arm(
-        images=pictures,
-        nuclei=model.read_nuclei(pictures),
-        embedding=embedding,
-        latent=latent,
-        types=model.classify(latent),
-        support=model.support.distance(embedding),
-        frames=np.stack(frames),
+    A picture does not depend on its company (:meth:`GE2Hist.generate`), so an arm is the same drawn alone.
+    """
+    if not wanted:
+        return {}
+    names, n_seeds = list(wanted), len(recipe.seeds)
+    embedding = {name: model.embed(cells, recipe.encoder_seed) for name, cells in wanted.items()}
+    latent = {name: model.encode(embedding[name]) for name in names}
+    n_pictures = n_seeds * len(recipe.cell_ids)
+    places = [(name, i) for i in range(n_pictures) for name in names]
+    stacked = Latent(
+        *(np.stack([getattr(latent[name], part)[i // n_seeds] for name, i in places]) for part in ("z_c", "z_e"))
     )
+    steps = recipe.sample.steps
+    frames: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    text = (
+        "Drawing both niches"
+        if len(names) == 2
+        else f"Drawing the {'unedited' if names[0] == 'base' else 'edited'} niche"
+    )
+
+    def on_step(i: int, n: int, under_way: Preview) -> bool:
+        step = (i - 1) % steps + 1
+        for j, row in enumerate(under_way.rows):
+            name, picture = places[row]
+            if picture == 0 and (step == steps or step % -(-steps // FRAMES) == 0):
+                frames[name].append(under_way.latents[j].numpy().copy())
+        if on_progress is not None:
+
+            def preview() -> list[tuple[str, int, np.ndarray]]:
+                return [(*places[row], image) for row, image in zip(under_way.rows, under_way.images(), strict=True)]
+
+            on_progress(Progress(i / n, text, preview))
+        return cancel is not None and cancel.is_set()
+
+    images = model.generate(stacked, [recipe.seeds[i % n_seeds] for _, i in places], recipe.sample, on_step)
+    return {
+        name: Arm(
+            images=images[k :: len(names)],
+            nuclei=model.read_nuclei(images[k :: len(names)]),
+            embedding=embedding[name],
+            latent=latent[name],
+            types=model.classify(latent[name]),
+            support=np.full(len(recipe.cell_ids), np.nan)
+            if model.support is None
+            else model.support.p(embedding[name]),
+            frames=np.stack(frames[name]),
+        )
+        for k, name in enumerate(names)
+    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,17 +204,15 @@ def main(args: argparse.Namespace) -> None:
     from perturb.report import write_report
 
     recipe = Recipe.read(args.recipe)
-    source = open_h5ad(args.cells)
-    try:
+    model = GE2Hist.load(args.bundle)
+    options = {"matrix": recipe.matrix, "gene_column": recipe.gene_column}
+    with open_h5ad(args.cells, model.scgpt.vocab, **options) as source:
         if source.sha256 != recipe.data_sha256:
             raise BadInput(
                 f"The recipe was made with data {recipe.data_sha256[:12]}, but {args.cells} is {source.sha256[:12]}: "
                 "give --cells the file of the recipe."
             )
-        model = GE2Hist.load(args.bundle)
-        cells = source.take([source.index_of(name) for name in recipe.cell_ids])
-    finally:
-        source.close()
+        cells = cells_for(source, recipe.cell_ids)
     last = -1
 
     def show(progress: Progress) -> None:

@@ -71,7 +71,13 @@ def compare(
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "numpy", "scipy", "pandas")},
         },
+        model_card=_model_card(model),
     )
+
+
+def _model_card(model: GE2Hist) -> str:
+    path = None if model.folder is None else model.folder / "MODEL_CARD.md"
+    return path.read_text(encoding="utf-8") if path is not None and path.exists() else ""
 
 
 def edit_table(

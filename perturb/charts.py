@@ -1,0 +1,234 @@
+"""Tables -> plotly figures. Knows pandas and plotly only; pages and report draw the same figures.
+
+``theme`` is "light" or "dark". Unedited is an open marker or a pale bar, edited a filled one; colour is the cell type.
+Error bars are the intervals of the table.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from perturb.colours import colour_of
+
+__all__ = ["THEMES", "composition", "density", "effects", "spacing"]
+
+THEMES = {
+    "light": {"template": "plotly_white", "ink": "#222222", "muted": "#8A8A8A", "grid": "#E4E4E4"},
+    "dark": {"template": "plotly_dark", "ink": "#EDEDED", "muted": "#9A9A9A", "grid": "#3A3A3A"},
+}
+
+ARMS = (("base", "Unedited"), ("edited", "Edited"))
+ALL = "All nuclei"
+
+
+def density(summary: pd.DataFrame, theme: str = "light") -> go.Figure:
+    """Nuclei per mm2, all and by type: two bars each with the interval of the mean.
+
+    Parameters
+    ----------
+    summary: ``arm, readout, unit, mean, low, high, n`` (:attr:`perturb.result.Result.summary`).
+    """
+    rows = summary[summary["readout"].str.split(":").str[0] == "density"]
+    names = [ALL if name == "density" else name.partition(":")[2] for name in rows["readout"].unique()]
+    figure = go.Figure()
+    for arm, title in ARMS:
+        part = rows[rows["arm"] == arm]
+        edited = arm == "edited"
+        figure.add_bar(
+            x=names,
+            y=part["mean"],
+            error_y=_error(part, "mean", theme),
+            customdata=part[["low", "high", "n"]],
+            name=title,
+            marker={
+                "color": [_colour(name, theme) for name in names],
+                "opacity": 1.0 if edited else 0.4,
+                "line": {"color": THEMES[theme]["ink"], "width": 1},
+            },
+            hovertemplate=_hover(title, "%{x}", "%{y:.0f}", ":.0f", "cells/mm²"),
+        )
+    figure.update_layout(barmode="group", bargap=0.3)
+    figure.update_yaxes(title_text=f"Density ({_unit(rows)})", rangemode="tozero")
+    return _finish(figure, theme, "Density")
+
+
+def composition(summary: pd.DataFrame, theme: str = "light") -> go.Figure:
+    """Share of each type among the nuclei, in percent: open marker unedited, filled edited, joined by a line."""
+    rows = summary[summary["readout"].str.startswith("fraction:")].copy()
+    rows[["mean", "low", "high"]] *= 100.0
+    names = [name.partition(":")[2] for name in rows["readout"].unique()][::-1]
+    rows["type"] = rows["readout"].str.partition(":")[2]
+    figure = go.Figure()
+    means = {arm: rows[rows["arm"] == arm].set_index("type").reindex(names) for arm, _ in ARMS}
+    for name in names:
+        figure.add_scatter(
+            x=[means["base"].at[name, "mean"], means["edited"].at[name, "mean"]],
+            y=[name, name],
+            mode="lines",
+            line={"color": THEMES[theme]["muted"], "width": 2},
+            hoverinfo="skip",
+            showlegend=False,
+        )
+    for arm, title in ARMS:
+        part = means[arm]
+        figure.add_scatter(
+            x=part["mean"],
+            y=names,
+            error_x=_error(part, "mean", theme),
+            customdata=part[["low", "high", "n"]],
+            name=title,
+            mode="markers",
+            marker={
+                "size": 12,
+                "symbol": "circle" if arm == "edited" else "circle-open",
+                "color": [_colour(name, theme) for name in names],
+                "line": {"color": THEMES[theme]["ink"] if arm == "edited" else None, "width": 2},
+            },
+            hovertemplate=_hover(title, "%{y}", "%{x:.1f}", ":.1f", "%"),
+        )
+    figure.update_xaxes(title_text="Share of nuclei (%)", rangemode="tozero")
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=names)
+    return _finish(figure, theme, "Composition")
+
+
+def spacing(readouts: pd.DataFrame, summary: pd.DataFrame, theme: str = "light") -> go.Figure:
+    """Mean and variance of the distance to the nearest neighbour: a thin line per seed, means with intervals.
+
+    Parameters
+    ----------
+    readouts: ``arm, cell_id, seed, readout, unit, value`` (:attr:`perturb.result.Result.readouts`); a line is drawn
+        for each cell and seed at which the readout is defined in both arms.
+    summary: as for :func:`density`.
+    """
+    ink = THEMES[theme]
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.16)
+    titles = [title for _, title in ARMS]
+    for column, (readout, label) in enumerate((("spacing", "Mean"), ("spacing_var", "Variance")), start=1):
+        rows = readouts[readouts["readout"] == readout]
+        wide = rows.pivot(index=["cell_id", "seed"], columns="arm", values="value")[[arm for arm, _ in ARMS]].dropna()
+        gaps = np.full((len(wide), 1), np.nan)
+        figure.add_scatter(
+            x=[*titles, None] * len(wide),
+            y=np.hstack([wide.to_numpy(), gaps]).ravel(),
+            mode="lines",
+            line={"color": ink["muted"], "width": 1},
+            opacity=0.6,
+            name="One seed",
+            hoverinfo="skip",
+            showlegend=column == 1,
+            row=1,
+            col=column,
+        )
+        part = summary[summary["readout"] == readout].set_index("arm").reindex([arm for arm, _ in ARMS])
+        unit = _unit(summary[summary["readout"] == readout])
+        figure.add_scatter(
+            x=titles,
+            y=part["mean"],
+            error_y=_error(part, "mean", theme),
+            customdata=part[["low", "high", "n"]],
+            mode="markers",
+            marker={"size": 11, "color": ink["ink"]},
+            name="Mean with interval",
+            showlegend=column == 1,
+            hovertemplate=_hover("%{x}", label, "%{y:.2f}", ":.2f", unit),
+            row=1,
+            col=column,
+        )
+        figure.update_yaxes(title_text=f"{label} nearest-neighbour distance ({unit})", row=1, col=column)
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=titles, range=[-0.4, 1.4])
+    return _finish(figure, theme, "Spacing")
+
+
+def effects(comparison: pd.DataFrame, theme: str = "light") -> go.Figure:
+    """Forest of the paired effects, one panel per unit: edited minus unedited with interval; filled where q < 0.05.
+
+    Parameters
+    ----------
+    comparison: ``readout, unit, base, edited, effect, low, high, p, q, n``
+        (:attr:`perturb.result.Result.comparison`).
+    """
+    groups = [(unit, rows.iloc[::-1]) for unit, rows in comparison.groupby("unit", sort=False)]
+    figure = make_subplots(
+        rows=max(len(groups), 1),
+        cols=1,
+        row_heights=[len(rows) + 1.5 for _, rows in groups] or None,
+        vertical_spacing=0.3 / max(len(groups), 1),
+    )
+    for i, (unit, rows) in enumerate(groups, start=1):
+        names = [_label(name) for name in rows["readout"]]
+        colours = [_colour(name.partition(":")[2] or ALL, theme) for name in rows["readout"]]
+        figure.add_scatter(
+            x=rows["effect"],
+            y=names,
+            error_x=_error(rows, "effect", theme),
+            customdata=rows[["low", "high", "n", "p", "q"]],
+            mode="markers",
+            marker={
+                "size": 11,
+                "color": colours,
+                "symbol": ["circle" if q < 0.05 else "circle-open" for q in rows["q"]],
+                "line": {"color": colours, "width": 2},
+            },
+            hovertemplate=_hover("Edited - unedited", "%{y}", "%{x:.3g}", ":.3g", unit).replace(
+                "<extra>", "<br>p = %{customdata[3]:.2g}, q = %{customdata[4]:.2g}<extra>"
+            ),
+            showlegend=False,
+            row=i,
+            col=1,
+        )
+        figure.add_vline(x=0, line={"color": THEMES[theme]["muted"], "dash": "dot"}, row=i, col=1)
+        figure.update_xaxes(title_text=f"Edited - unedited ({unit})", row=i, col=1)
+        figure.update_yaxes(type="category", row=i, col=1)
+    _finish(figure, theme, "Paired effects")
+    return figure.update_layout(height=130 + 75 * len(groups) + 24 * len(comparison))
+
+
+def _label(readout: str) -> str:
+    kind, _, name = readout.partition(":")
+    plain = {"density": ALL, "spacing": "Nearest neighbour, mean", "spacing_var": "Nearest neighbour, variance"}
+    return name or plain.get(kind, kind)
+
+
+def _colour(name: str, theme: str) -> str:
+    return THEMES[theme]["muted"] if name == ALL else colour_of(name)
+
+
+def _unit(rows: pd.DataFrame) -> str:
+    return str(rows["unit"].iloc[0]) if len(rows) else ""
+
+
+def _error(rows: pd.DataFrame, centre: str, theme: str) -> dict[str, object]:
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": rows["high"] - rows[centre],
+        "arrayminus": rows[centre] - rows["low"],
+        "color": THEMES[theme]["ink"],
+        "thickness": 1.5,
+        "width": 4,
+    }
+
+
+def _hover(arm: str, what: str, value: str, form: str, unit: str) -> str:
+    interval = f"%{{customdata[0]{form}}} to %{{customdata[1]{form}}}"
+    return f"{what}<br>{arm}: {value} {unit}<br>interval {interval}, n = %{{customdata[2]}}<extra></extra>"
+
+
+def _finish(figure: go.Figure, theme: str, title: str) -> go.Figure:
+    look = THEMES[theme]
+    figure.update_layout(
+        template=look["template"],
+        title={"text": title, "x": 0.0, "xanchor": "left"},
+        font={"family": "system-ui, sans-serif", "size": 13, "color": look["ink"]},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 60, "r": 20, "t": 60, "b": 60},
+        legend={"orientation": "h", "x": 1.0, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
+        height=380,
+    )
+    figure.update_xaxes(gridcolor=look["grid"], automargin=True)
+    figure.update_yaxes(gridcolor=look["grid"], automargin=True)
+    return figure
