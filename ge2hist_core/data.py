@@ -283,11 +283,10 @@ def write_cells(
     for column, value in (("cell_type", cells.cell_type), ("donor", cells.donor)):
         if value is not None:
             frame[column] = pd.Categorical(value)
-    for column in () if obs is None else obs.columns.difference(frame.columns, sort=False):
-        frame[column] = obs[column].to_numpy()
-    genes = pd.DataFrame(index=pd.Index(cells.genes.astype(str)))
-    for column in () if var is None else var.columns:
-        genes[column] = var[column].to_numpy()
+    if obs is not None:
+        frame = frame.join(obs.set_axis(frame.index).drop(columns=frame.columns, errors="ignore"))
+    symbols = pd.Index(cells.genes.astype(str))
+    genes = pd.DataFrame(index=symbols) if var is None else var.set_axis(symbols)
     table = AnnData(cells.counts, obs=frame, var=genes)
     table.uns[NOTE] = {"source": cells.source, "position_unit": "um"}
     if cells.xy_um is not None:
@@ -384,7 +383,7 @@ class _Matrix:
         """Indices inside the matrix; scipy would follow others into foreign memory."""
         array = np.asarray(indices)
         limit = self.shape[1 if self.kind == "csr" else 0]
-        if len(array) and not (0 <= array.min() and array.max() < limit):
+        if len(array) and (array.min() < 0 or array.max() >= limit):
             raise IndexError(f"index beyond {limit}")
         return array
 

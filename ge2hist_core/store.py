@@ -8,6 +8,8 @@ section's top left corner. ``spatialdata``, ``squidpy`` and ``napari-spatialdata
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -204,6 +206,15 @@ class TissueStore:
         """bool ``[cell]``: the whole tile lies inside the section."""
         shape = np.array([self._images[donor].shape[:0:-1] for donor in self.donors])  # (c, y, x) -> x, y
         return ((self._corner >= 0) & (self._corner + TILE_PX <= shape[self._donor])).all(axis=1)
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 over the cells (names, positions, counts), the genes and the resolution; tells stores apart."""
+        cells = self.cells
+        digest = hashlib.sha256(json.dumps([SCHEMA, self.um_per_px, [*cells.genes], [*cells.cell_id]]).encode())
+        for array in (self._xy, cells.counts.indptr, cells.counts.indices, cells.counts.data):
+            digest.update(np.ascontiguousarray(array, dtype=np.float64).tobytes())
+        return digest.hexdigest()
 
     def split(self, seed: int = 0) -> dict[str, list[str]]:
         """Donors of ``train``, ``validation`` and ``test``, about 80 / 7 / 13 %; each of three or more gets one.

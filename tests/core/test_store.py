@@ -153,6 +153,16 @@ def test_split_is_by_donor(path, n, sizes):
         assert store.split(seed=1) != split
 
 
+def test_identity_tells_stores_apart(path, sections, tmp_path):
+    first = TissueStore(path)
+    write_store(tmp_path / "same.zarr", sections, GENES, {"seed": 5, "donors": 3, "size_um": 130.0})
+    assert TissueStore(tmp_path / "same.zarr").identity == first.identity
+    other = make_section("D0", 1)
+    other.counts[0, 0] += 1
+    write_store(tmp_path / "other.zarr", [other, *sections[1:]], GENES)
+    assert TissueStore(tmp_path / "other.zarr").identity != first.identity
+
+
 def test_a_nucleus_without_a_pixel_is_kept(tmp_path):
     """Two nuclei may round to the same pixels; the hidden one is still a cell with counts."""
     section = make_section("A", 1)
