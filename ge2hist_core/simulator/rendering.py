@@ -160,14 +160,14 @@ _LYMPHOCYTE = _Look(0.96, 0.30, 0.7, 0.12, 0.0, 0.025, 0.0, 2.0, 0.10, 0.10, 0.7
 _LOOKS = {
     "Tumour epithelium": _Look(0.44, 0.45, 0.4, 0.26, 0.55, 0.045, 0.0, 2.0, 0.125, 0.20, 3.2),
     "Proliferating tumour": _Look(0.86, 0.31, 0.6, 0.12, 0.15, 0.075, 0.0, 2.0, 0.17, 0.20, 3.0),
-    "Luminal epithelium": _Look(0.62, 0.24, 0.2, 0.10, 0.0, 0.018, 0.0, 2.0, 0.045, 0.15, 2.6),
-    "Fibroblast": _Look(0.66, 0.30, 0.3, 0.06, 0.0, 0.035, 0.05, 1.7, 0.03, 0.20, 0.5, stretch=1.9),
-    "Endothelium": _Look(0.98, 0.16, 0.3, 0.0, 0.0, 0.02, 0.065, 1.8, 0.04, 0.26, 0.6, stretch=1.9),
+    "Luminal epithelium": _Look(0.68, 0.22, 0.2, 0.10, 0.0, 0.018, 0.0, 2.0, 0.045, 0.15, 2.6),
+    "Fibroblast": _Look(0.60, 0.32, 0.3, 0.08, 0.0, 0.035, 0.05, 1.7, 0.03, 0.20, 0.5, stretch=1.9),
+    "Endothelium": _Look(1.08, 0.14, 0.3, 0.0, 0.0, 0.02, 0.065, 1.8, 0.04, 0.26, 0.6, stretch=1.9),
     "CD4 T cell": _LYMPHOCYTE,
     "CD8 T cell": _LYMPHOCYTE,
     "B cell": _LYMPHOCYTE,
     "Plasma cell": _Look(0.88, 0.16, 0.6, 0.0, 0.0, 0.02, 0.0, 2.0, 0.27, 0.17, 2.5, stretch=1.2, offset=2.1),
-    "Macrophage": _Look(0.44, 0.26, 0.3, 0.16, 0.12, 0.04, 0.05, 2.0, 0.035, 0.125, 4.4, foam=1.0),
+    "Macrophage": _Look(0.38, 0.26, 0.3, 0.16, 0.12, 0.04, 0.05, 2.0, 0.035, 0.125, 4.4, foam=1.0),
 }
 _EPITHELIAL = ("Tumour epithelium", "Proliferating tumour", "Luminal epithelium")
 _EPITHELIAL_REACH_UM = 10.0
@@ -249,7 +249,7 @@ def _streaks(noise: Array, angle: Array, steps_px: tuple[float, ...]) -> Array:
         shift = np.rint(step * dy).astype(np.int32) * stride + np.rint(step * dx).astype(np.int32)
         flat = np.pad(out, pad, mode="reflect").ravel()
         out = np.float32(0.5) * (flat.take(here + shift) + flat.take(here - shift))
-    return out * np.float32(2 ** (0.42 * len(steps_px)))
+    return ndimage.gaussian_filter(out, 0.65) * np.float32(2 ** (0.42 * len(steps_px)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -444,10 +444,10 @@ def _stroma(canvas: _Canvas) -> tuple[Array, Array]:
     angle = angle + 0.32 * canvas.noise("crimp", 7.0) + 0.18 * canvas.noise("crimp fine", 3.0)
     collagen = np.clip(canvas.field("collagen"), 0, 1)
     bundle = _streaks(canvas.noise("bundles", 1.3), angle, (2.5, 5.0, 10.0, 16.0)) + 0.5 * canvas.noise("bundle", 6.0)
-    fibril = _streaks(canvas.noise("fibrils", 0.4), angle, (1.0, 2.0, 4.0, 7.0))
+    fibril = _streaks(canvas.noise("fibrils", 0.5), angle, (1.0, 2.0, 4.0, 7.0))
     dense = _smoothstep(collagen + 0.16 * canvas.noise("density", 9.0), 0.1, 0.75)
     body = 1 / (1 + np.exp(-(bundle + 0.35 * fibril + 2.1 * dense - 0.35) * 3.2))
-    eosin = body * (0.10 + 0.18 * dense) * (1 + 0.34 * fibril + 0.22 * np.tanh(bundle)) + 0.012
+    eosin = body * (0.10 + 0.18 * dense) * (1 + 0.42 * np.tanh(fibril) + 0.22 * np.tanh(bundle)) + 0.012
     ground = (0.018 + 0.03 * (1 - dense)) * (1 + 0.5 * np.tanh(fibril + 0.6 * bundle))
     return ground + 0.02 * body, np.maximum(eosin, 0)
 
@@ -506,6 +506,8 @@ def _deposit(canvas: _Canvas, cells: _Cells) -> tuple[Array, Array]:
         alone = owned * (1 - _smoothstep(distance - per_cell("margin")[of], -0.5, 0.5))
         held = nest * (1 - _smoothstep(distance, _EPITHELIAL_REACH_UM - 3.5, _EPITHELIAL_REACH_UM - 0.5))
         cyto = np.where(is_epithelial & owned, np.maximum(held, alone), alone)
+        # a cell at the edge of a lumen keeps its cytoplasm: the lumen gives way
+        lumen = lumen * (1 - (is_epithelial & owned) * (1 - _smoothstep(distance, 0.8, 2.6)))
         # where a nest has no nucleus in this plane of section, its cytoplasm is cut tangentially: pale and granular
         thin = np.clip(1 + 0.2 * grain + 0.25 * patchy, 0.3, 2)
         haem, eosin = haem * (1 - nest) + 0.06 * thin * nest, eosin * (1 - nest) + 0.13 * thin * nest
