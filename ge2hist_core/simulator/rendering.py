@@ -501,7 +501,8 @@ def _deposit(canvas: _Canvas, cells: _Cells) -> tuple[Array, Array]:
             return np.array([getattr(look, name) for look in looks], dtype=np.float32)
 
         tint = (1 + 0.24 * (cells.u[:, 29] - 0.5)).astype(np.float32)
-        cyto_h, cyto_e = (per_cell("cyto_h") * tint)[of], (per_cell("cyto_e") * tint)[of]
+        cyto_h: Array = (per_cell("cyto_h") * tint)[of]
+        cyto_e: Array = (per_cell("cyto_e") * tint)[of]
         is_epithelial = np.isin(cells.type_index, [CELL_TYPES.index(t) for t in _EPITHELIAL])[of]
         alone = owned * (1 - _smoothstep(distance - per_cell("margin")[of], -0.5, 0.5))
         held = nest * (1 - _smoothstep(distance, _EPITHELIAL_REACH_UM - 3.5, _EPITHELIAL_REACH_UM - 0.5))
