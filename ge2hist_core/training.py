@@ -228,7 +228,7 @@ def fit(
         accelerator.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         _update_average(average, objective, min(config.ema, (1 + step) / (10 + step)))
-        record = Record(stage, step + 1, steps, {name: float(value) for name, value in terms.items()})
+        record = Record(stage, step + 1, steps, {name: value.item() for name, value in terms.items()})
         rows.append({"step": record.step, **record.terms})
         late = time.monotonic() > deadline
         if late or record.step % config.checkpoint_every == 0 or record.step == steps:
