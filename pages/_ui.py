@@ -1,0 +1,463 @@
+"""What the pages share: settings, the only caches, the URL, uploads, the worker, errors. No page keeps arrays itself."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import logging
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import streamlit as st
+
+from ge2hist_core.types import BadInput
+from pages._experiment import Experiment
+
+if TYPE_CHECKING:
+    from ge2hist_core.data import H5adSource
+    from ge2hist_core.model import GE2Hist
+    from ge2hist_core.types import Cells
+    from perturb.cache import DiskCache
+    from perturb.jobs import JobState, Worker
+    from perturb.profile import Profile
+    from perturb.recipe import Recipe
+    from perturb.result import Result
+    from perturb.run import Progress
+
+ROOT = Path(__file__).resolve().parents[1]
+UPLOAD_DAYS = 7
+"""Uploaded files unused for longer are removed when another file is uploaded."""
+
+log = logging.getLogger("ge2hist")
+
+
+# Settings: three environment variables, see the About page
+
+
+def bundle_folder() -> Path:
+    """``GE2HIST_BUNDLE``, or the demo bundle."""
+    return Path(os.environ.get("GE2HIST_BUNDLE", ROOT / "assets" / "demo_bundle"))
+
+
+def demo_cells() -> Path:
+    """``GE2HIST_CELLS``, or the demo cells."""
+    return Path(os.environ.get("GE2HIST_CELLS", ROOT / "assets" / "demo_cells.h5ad"))
+
+
+def home() -> Path:
+    """``GE2HIST_HOME``, or a folder of the user's cache: results and uploaded files."""
+    return Path(os.environ.get("GE2HIST_HOME", Path.home() / ".cache" / "ge2hist"))
+
+
+# Errors
+
+
+@contextmanager
+def guard() -> Iterator[None]:
+    """Turn what goes wrong inside into one sentence; the cause of an unexpected error goes to the log under an id."""
+    try:
+        yield
+    except BadInput as error:
+        st.error(plain(error), icon=":material/error:")
+    except Exception:  # the user must not see a traceback, whatever happened
+        number = uuid.uuid4().hex[:8]
+        log.exception("error %s", number)
+        st.error(
+            f"Something went wrong that should not have (id {number}). Your choices are kept in this page's address: "
+            "reload it, and if that does not help, send the id and the server's log to whoever runs this app.",
+            icon=":material/error:",
+        )
+
+
+def safely(callback: Callable[..., None]) -> Callable[..., None]:
+    """The same widget callback, whose bad input is shown at the top of the next run instead of ending it."""
+
+    def call(*args: Any) -> None:
+        try:
+            callback(*args)
+        except BadInput as error:
+            st.session_state["message"] = str(error)
+
+    return call
+
+
+def show_message() -> None:
+    """The sentence that a callback or the address left, once."""
+    if message := st.session_state.pop("message", ""):
+        st.warning(plain(message), icon=":material/warning:")
+
+
+def plain(text: object) -> str:
+    """Text of users and files for Markdown: nothing in it is taken for formatting."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|$~:])", r"\\\1", str(text))
+
+
+def escape(text: object) -> str:
+    """Text of users and files for HTML."""
+    return html.escape(str(text))
+
+
+# Model, data, results: the only caches
+
+
+def get_model() -> GE2Hist:
+    """The model of the bundle folder; without one the page ends with a sentence on how to get it."""
+    folder = bundle_folder()
+    header = folder / "bundle.json"
+    if not header.is_file():
+        no_model(folder)
+    with st.spinner("Opening the model"):
+        return _model(str(folder), header.stat().st_mtime_ns)
+
+
+@st.cache_resource(max_entries=1, show_spinner=False)
+def _model(folder: str, changed: int) -> GE2Hist:
+    from ge2hist_core.model import GE2Hist
+
+    return GE2Hist.load(folder)
+
+
+def no_model(folder: Path) -> NoReturn:
+    """The empty state without a model."""
+    with st.container(border=True, key="empty-model"):
+        st.subheader("No model bundle found")
+        st.markdown(
+            f"There is no trained model in `{folder}`. Train one on simulated tissue, or set the environment variable "
+            "`GE2HIST_BUNDLE` to a folder that `train` wrote, then reload this page."
+        )
+        st.code(
+            "python -m ge2hist_core simulate --donors 16 --seed 0 tissue.zarr\n"
+            "python -m ge2hist_core pretrain tissue.zarr --out scgpt\n"
+            "python -m ge2hist_core train tissue.zarr --scgpt scgpt --out assets/demo_bundle\n"
+            "python -m ge2hist_core train-reader tissue.zarr --out assets/demo_bundle",
+            language="bash",
+        )
+    st.stop()
+
+
+def get_source(path: Path, model: GE2Hist, matrix: str | None = None, gene_column: str | None = None) -> H5adSource:
+    """The cells of a file, looked over once; shared by all pages."""
+    if not path.is_file():
+        raise BadInput(f"{path.name} is no longer there: upload it again.")
+    with st.spinner(f"Reading {path.name}"):
+        return _source(str(path), path.stat().st_mtime_ns, model.sha256, matrix, gene_column, model)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _source(
+    path: str, changed: int, model_sha256: str, matrix: str | None, gene_column: str | None, _model: GE2Hist
+) -> H5adSource:
+    from ge2hist_core.data import open_h5ad
+
+    return open_h5ad(path, _model.scgpt.vocab, matrix=matrix, gene_column=gene_column)
+
+
+def get_cells(recipe: Recipe, source: H5adSource) -> Cells:
+    """The recipe's cells and others of their types."""
+    return _cells(recipe.data_sha256, recipe.matrix, recipe.gene_column, recipe.cell_ids, source)
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _cells(
+    data: str, matrix: str | None, gene_column: str | None, cell_ids: tuple[str, ...], _source: H5adSource
+) -> Cells:
+    from perturb.run import cells_for
+
+    return cells_for(_source, cell_ids)
+
+
+def get_profile(recipe: Recipe, model: GE2Hist, source: H5adSource) -> Profile:
+    """The recipe's first cell before any edit."""
+    first = replace(recipe, cell_ids=recipe.cell_ids[:1]).base.draft
+    return _profile(first.hash, recipe.encoder_seed, get_cells(first, source), model)
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _profile(recipe_hash: str, seed: int, _cells: Cells, _model: GE2Hist) -> Profile:
+    from perturb.profile import profile
+
+    return profile(_cells, _model, seed)
+
+
+def get_edits(recipe: Recipe, model: GE2Hist, source: H5adSource) -> dict[str, dict[str, Any]]:
+    """What the encoder sees of each edited gene of the first cell; see :func:`perturb.tables.edit_table`."""
+    return _edits(replace(recipe, cell_ids=recipe.cell_ids[:1]).draft.hash, recipe, model, get_cells(recipe, source))
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _edits(recipe_hash: str, _recipe: Recipe, _model: GE2Hist, _cells: Cells) -> dict[str, dict[str, Any]]:
+    from perturb.tables import edit_table
+
+    table = edit_table(_recipe.perturbation, _cells.take([0]), _model, _recipe.encoder_seed)
+    return table.drop(columns="cell_id").set_index("gene").to_dict("index")
+
+
+@st.cache_resource(show_spinner=False)
+def get_worker() -> Worker:
+    """The one worker of this server."""
+    from perturb.jobs import Worker
+
+    return Worker()
+
+
+def get_cache() -> DiskCache:
+    """Where results are kept."""
+    from perturb.cache import DiskCache
+
+    return DiskCache(home() / "results")
+
+
+def get_result(recipe: Recipe) -> Result | None:
+    """A finished result, or None."""
+    try:
+        return _result(recipe.hash, str(home()))
+    except LookupError:
+        return None
+
+
+@st.cache_resource(max_entries=24, show_spinner=False)
+def _result(recipe_hash: str, folder: str) -> Result:
+    from perturb.result import load_result
+
+    found = load_result(recipe_hash, get_cache())
+    if found is None:
+        raise LookupError(recipe_hash)  # errors are not cached: it may be there the next time
+    return found
+
+
+def draw(recipe: Recipe, model: GE2Hist, source: H5adSource, on_progress: Callable[[Progress], None]) -> Result:
+    """The result of a recipe, drawn here and now if it is not at hand. Fit for one seed."""
+    from perturb.run import run
+
+    if (found := get_result(recipe)) is None:
+        run(recipe, model, get_cells(recipe, source), cache=get_cache(), on_progress=on_progress)
+        found = get_result(recipe)
+    if found is None:
+        raise BadInput(f"The result could not be kept in {home()}: free some disk space there.")
+    return found
+
+
+@st.cache_data(max_entries=512, show_spinner=False)
+def tile_png(recipe_hash: str, arm: str, picture: int, view: str, types: tuple[str, ...], _result: Result) -> bytes:
+    """One picture as PNG of about 512 px: ``view`` is ``picture``, ``nuclei`` (of the given types) or ``difference``."""
+    from perturb import pictures
+
+    niche = getattr(_result, arm)[picture]
+    scale = max(1, 512 // len(niche.image))
+    if view == "difference":
+        image = pictures.difference(_result.base[picture], _result.edited[picture], scale)
+    elif view == "nuclei":
+        nuclei = getattr(_result, f"{arm}_nuclei")[picture]
+        image = pictures.overlay(niche, nuclei[nuclei["cell_type"].isin(types)], scale)
+    else:
+        image = pictures.show(niche, scale)
+    return pictures.png_bytes(image, {"generated": "true", "recipe_sha256": recipe_hash})
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def sheet_png(recipe_hash: str, arm: str, _result: Result) -> bytes:
+    """All seeds of an arm on one sheet, as PNG."""
+    from perturb import pictures
+
+    sheet = pictures.contact_sheet(getattr(_result, arm), columns=4)
+    return pictures.png_bytes(sheet, {"generated": "true", "recipe_sha256": recipe_hash})
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def frame_pngs(recipe_hash: str, arm: str, _result: Result, _model: GE2Hist) -> list[bytes]:
+    """The first picture of an arm while it was denoised, as PNGs."""
+    from perturb import pictures
+    from perturb.run import replay
+
+    frames = replay(getattr(_result, f"{arm}_arm"), _model)
+    origin = {"generated": "true", "recipe_sha256": recipe_hash}
+    return [pictures.png_bytes(enlarged(frame), origin) for frame in frames]
+
+
+def enlarged(image: Any) -> Any:
+    """A picture under way, about 512 px wide and marked as generated."""
+    from ge2hist_core.types import Niche
+    from perturb import pictures
+
+    return pictures.show(Niche(image, 1.0, generated=True), max(1, 512 // len(image)))
+
+
+@st.cache_data(max_entries=4, show_spinner=False)
+def report_html(recipe_hash: str, _result: Result) -> str:
+    """The report as one page."""
+    from perturb.report import html as report
+
+    return report(_result)
+
+
+# Data files
+
+
+def save_upload(uploaded: Any) -> Path:
+    """Put an uploaded file on disk under its SHA-256, where it is read block by block; old ones go."""
+    folder = home() / "uploads"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        if old.stat().st_mtime < time.time() - UPLOAD_DAYS * 86400:
+            shutil.rmtree(old, ignore_errors=True)
+    digest = hashlib.sha256()
+    for block in _blocks(uploaded):
+        digest.update(block)
+    name = re.sub(r"[^\w.-]+", "_", Path(uploaded.name).name).strip("._")[-80:] or "cells.h5ad"
+    path = folder / digest.hexdigest() / name
+    if not path.exists():
+        from ge2hist_core.files import atomic_path
+
+        with atomic_path(path) as temporary, temporary.open("wb") as out:
+            out.writelines(_blocks(uploaded))
+    os.utime(path.parent)
+    return path
+
+
+def _blocks(uploaded: Any) -> Iterator[bytes]:
+    uploaded.seek(0)
+    while block := uploaded.read(1 << 22):
+        yield block
+
+
+def find_data(digits: str, model: GE2Hist) -> Path:
+    """The file whose SHA-256 begins with ``digits``, among the demo cells and what was uploaded.
+
+    Raises
+    ------
+    BadInput: no such file here.
+    """
+    if demo_cells().is_file() and get_source(demo_cells(), model).sha256.startswith(digits):
+        return demo_cells()
+    if re.fullmatch(r"[0-9a-f]{12,64}", digits):
+        for folder in (home() / "uploads").glob(f"{digits}*"):
+            for path in folder.glob("[!.]*"):
+                return path
+    raise BadInput(f"The cells of this link (data={digits[:12]}) are not here: upload their file first.")
+
+
+# The experiment of this tab, and its address
+
+
+def open_experiment(model: GE2Hist) -> tuple[Experiment, H5adSource] | None:
+    """This tab's experiment and its cells: from the session, from the address, or the first demo cell.
+
+    None where there is neither a demo file nor an upload.
+    """
+    query = dict(st.query_params)
+    known = st.session_state.get("experiment")
+    # Changing the page clears the address; going back, or editing it by hand, leaves another one than was written.
+    if query.get("cell") and query != st.session_state.get("query"):
+        try:
+            known = _from_query(query, model)
+        except BadInput as error:
+            st.session_state["message"] = str(error)
+    if known is None:
+        if not demo_cells().is_file():
+            return None
+        known = new_experiment(demo_cells(), model)
+    if known.recipe.model_sha256 != model.sha256:  # the bundle was trained again meanwhile
+        known.recipe = replace(known.recipe, model_sha256=model.sha256)
+    st.session_state["experiment"] = known
+    return known, get_source(known.path, model, known.recipe.matrix, known.recipe.gene_column)
+
+
+def write_address(experiment: Experiment) -> None:
+    """Put the experiment into the page's address."""
+    query = experiment.query()
+    st.session_state["query"] = query
+    if dict(st.query_params) != query:
+        st.query_params.from_dict(query)
+
+
+def _from_query(query: dict[str, str], model: GE2Hist) -> Experiment:
+    from perturb.recipe import Recipe
+
+    path = find_data(query.get("data", ""), model)
+    source = get_source(path, model, query.get("matrix") or None, query.get("gene_column") or None)
+    recipe = Recipe.from_query(query, source.sha256, model.sha256)
+    genes = tuple(gene for gene in Experiment.idle_genes(query) if gene in set(source.genes))
+    check_recipe(recipe, source)
+    return Experiment(recipe, path, genes)
+
+
+def check_recipe(recipe: Recipe, source: H5adSource) -> None:
+    """Refuse a recipe whose cells or genes the file does not have."""
+    recipe.perturbation.apply(source.take([source.index_of(cell) for cell in recipe.cell_ids]))
+
+
+def new_experiment(path: Path, model: GE2Hist) -> Experiment:
+    """The first cell of a file that has counts, unedited."""
+    from perturb.recipe import Recipe
+
+    source = get_source(path, model)
+    first = str(source.cell_id[int((~source.empty).argmax())])
+    return Experiment(Recipe(source.sha256, model.sha256, (first,)), path)
+
+
+# The worker
+
+
+def owner() -> str:
+    """This tab."""
+    return str(st.session_state.setdefault("owner", uuid.uuid4().hex))
+
+
+def submit(recipe: Recipe, model: GE2Hist, source: H5adSource) -> None:
+    """Ask the worker for a recipe."""
+    cells, cache = get_cells(recipe, source), get_cache()
+
+    def work(on_progress: Callable[[Progress], None], cancel: Any) -> None:
+        from perturb.run import run
+
+        run(recipe, model, cells, cache=cache, on_progress=on_progress, cancel=cancel)
+
+    get_worker().submit(recipe.hash, work, owner())
+    st.session_state["running"] = recipe
+
+
+def job(recipe: Recipe) -> JobState | None:
+    """How the worker stands with a recipe."""
+    return get_worker().state(recipe.hash)
+
+
+def cancel(recipe: Recipe) -> None:
+    """Withdraw this tab's wish."""
+    get_worker().cancel(recipe.hash, owner())
+
+
+def theme() -> str:
+    """``light`` or ``dark``, as the browser shows the page."""
+    return st.context.theme.type or "light"
+
+
+# Downloads
+
+
+def downloads(result: Result) -> None:
+    """Buttons for everything a result leaves; files are made when asked for."""
+    import json
+
+    from perturb import report
+
+    name = f"ge2hist-{result.recipe.hash[:8]}"
+    recipe_json = json.dumps(result.recipe.to_dict(), indent=1, ensure_ascii=False)
+    files: tuple[tuple[str, str, str, str | Callable[[], bytes | str]], ...] = (
+        ("Report (HTML)", "html", "text/html", lambda: report_html(result.recipe.hash, result)),
+        ("Table (CSV)", "csv", "text/csv", lambda: result.comparison.to_csv(index=False)),
+        ("Everything (ZIP)", "zip", "application/zip", lambda: report.zip_bytes(result)),
+        ("Recipe (JSON)", "json", "application/json", recipe_json),
+    )
+    with st.container(horizontal=True, gap="small", key="downloads"):
+        for label, ending, mime, data in files:
+            st.download_button(
+                label, data, f"{name}.{ending}", mime, key=f"download {ending}", on_click="ignore", icon=":material/download:"
+            )

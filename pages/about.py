@@ -1,0 +1,103 @@
+"""What the model is, what it was measured to do, where its data come from, and what it must not be used for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from pages import _ui
+
+LIBRARIES = ("torch", "diffusers", "streamlit", "anndata", "numpy", "scipy", "plotly")
+
+LIMITS = """
+- **Not diagnostic.** Every picture here is generated. It is no tissue, and no basis for a decision about a patient.
+- A difference between *before* and *after* says how this model's picture depends on a gene's count. What it learnt mixes
+  cause and correlation; no perturbed tissue was in its training data.
+- The demo bundle was trained on **simulated tissue** with known causes. What it draws for real cells is extrapolation, and
+  the app says so where a cell lies outside of the training data.
+- The encoder sees ranks of counts within a cell. An edit that changes no rank changes nothing (a *plateau*).
+- Nuclei are found and typed in the pictures by a trained reader that miscounts and mistypes some, in both pictures alike.
+- Intervals cover the noise of drawing: other seeds. They do not cover other cells, other donors or the model's own errors.
+- CD4 T, CD8 T and B cells look alike in H&E; the pictures' nuclei are therefore counted as *Lymphocyte*.
+"""
+
+PRIVACY = f"""
+An uploaded file stays on the computer that runs this app, under its SHA-256, and is removed {_ui.UPLOAD_DAYS} days after it was
+last uploaded. Whoever has the address of one of its results can open it on this server. Nothing is sent elsewhere.
+"""
+
+SETTINGS = """
+| environment variable | meaning | default |
+|---|---|---|
+| `GE2HIST_BUNDLE` | folder of the model | `assets/demo_bundle` |
+| `GE2HIST_CELLS` | h5ad that is open at the start | `assets/demo_cells.h5ad` |
+| `GE2HIST_HOME` | results and uploaded files | `~/.cache/ge2hist` |
+"""
+
+LICENCES = """
+GE2Hist follows the paper *GE2Hist* with code of its own. The cell encoder has the architecture and file layout of scGPT (Cui et
+al. 2024, doi:10.1038/s41592-024-02201-0); the encoder of the demo bundle was trained by this project. Colours: Okabe and Ito.
+"""
+
+
+def page() -> None:
+    st.markdown("#### About this digital twin")
+    st.markdown(
+        "GE2Hist draws the H&E picture of a cell's surroundings from the cell's gene expression. Here you edit genes and see "
+        "the picture drawn anew from the same noise, so that what differs between the two comes from the edit alone."
+    )
+    st.markdown("##### Limits")
+    st.markdown(LIMITS)
+    folder = _ui.bundle_folder()
+    st.markdown("##### Measured on held-out donors")
+    _evaluation(folder)
+    st.markdown("##### Model card")
+    card = folder / "MODEL_CARD.md"
+    if card.is_file():
+        with st.expander("Read the model card", expanded=False):
+            st.markdown(card.read_text(encoding="utf-8"))
+    else:
+        st.caption(f"The bundle folder {_ui.plain(folder)} holds no model card.")
+    st.markdown("##### Data and privacy")
+    st.markdown(PRIVACY)
+    sources = _ui.ROOT / "assets" / "SOURCES.md"
+    if sources.is_file():
+        with st.expander("Origin and licence of what is shipped"):
+            st.markdown(sources.read_text(encoding="utf-8"))
+    st.markdown("##### Licences")
+    st.markdown(LICENCES)
+    licence = _ui.ROOT / "LICENSE"
+    if licence.is_file():
+        with st.expander("Licence of this software"):
+            st.text(licence.read_text(encoding="utf-8"))
+    st.markdown("##### Settings and versions")
+    st.markdown(SETTINGS)
+    st.caption(" · ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES))
+
+
+def _evaluation(folder: Path) -> None:
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        st.caption("This bundle was not evaluated: `python -m ge2hist_core evaluate BUNDLE DATA.zarr --out DIR` does it.")
+        return
+    rows = list(_flat(json.loads(path.read_text(encoding="utf-8"))))
+    st.dataframe({"figure": [name for name, _ in rows], "value": [value for _, value in rows]}, hide_index=True, height=360)
+
+
+def _flat(value: Any, name: str = "") -> Any:
+    """Nested JSON as ``(dotted name, text)``; lists of more than eight entries only say how long they are."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{name} {key}".strip())
+    elif isinstance(value, list) and len(value) > 8:
+        yield name, f"{len(value)} entries"
+    else:
+        yield name, f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+with _ui.guard():
+    page()
