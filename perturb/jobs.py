@@ -171,7 +171,7 @@ class Worker:
             return JobState("cancelled")
         except BadInput as error:
             return JobState("failed", message=str(error))
-        except Exception as error:  # a fault in one user's job must not end the worker of all
+        except Exception as error:
             logging.getLogger(__name__).exception("job %s failed", job.key)
             return JobState(
                 "failed", message=f"The run ended with an internal error ({type(error).__name__}: {error})."

@@ -132,9 +132,7 @@ class Recipe:
             raise BadInput(f"The recipe has no field {missing[0]!r}: give a recipe.json that GE2Hist wrote.")
         edits, sample = value.get("perturbation", []), value.get("sample", {})
         if not isinstance(edits, list) or not all(isinstance(edit, dict) for edit in (*edits, sample)):
-            raise BadInput(
-                "The recipe's perturbation or sample has another form: give a recipe.json that GE2Hist wrote."
-            )
+            raise BadInput("The recipe's perturbation or sample is malformed: give a recipe.json that GE2Hist wrote.")
         try:
             value["perturbation"] = Perturbation(tuple(from_json(Edit, edit) for edit in edits))
             value["sample"] = from_json(SampleConfig, sample)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ge2hist_core.config import SampleConfig
+from ge2hist_core.types import BadInput
+from perturb.edits import Perturbation
+from perturb.recipe import DEFAULT_SEEDS, MAX_PICTURES, SCHEMA, Recipe
+
+DATA, MODEL = "d" * 64, "e" * 64
+PLAIN = Recipe(DATA, MODEL, ("cell-1",))
+
+recipes = st.builds(
+    Recipe,
+    st.just(DATA),
+    st.just(MODEL),
+    st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=3, unique=True).map(tuple),
+    st.sampled_from(["", "CD8A:ko", "CD8A:ko,VEGFA:x0.5", "a%3Ab:set=3"]).map(Perturbation.parse),
+    st.builds(
+        SampleConfig,
+        st.sampled_from(["ddim", "ddpm", "dpm++"]),
+        st.integers(1, 1000),
+        st.floats(0, 10) | st.integers(0, 10),
+    ),
+    st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=20, unique=True).map(tuple) | st.just(DEFAULT_SEEDS),
+    st.integers(0, 2**63 - 1),
+    st.none() | st.sampled_from(["raw.X", "counts"]),
+    st.none() | st.just("feature_name"),
+)
+
+
+@given(recipes)
+def test_json_and_url_read_back_to_the_same_recipe(recipe: Recipe) -> None:
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert Recipe.from_json(json.dumps(recipe.to_dict(), indent=3)).hash == recipe.hash
+    assert Recipe.from_query(recipe.to_query(), DATA, MODEL) == recipe
+
+
+def test_defaults_stay_out_of_the_url() -> None:
+    assert PLAIN.to_query() == {"data": DATA[:12], "model": MODEL[:12], "cell": "cell-1"}
+    edited = replace(
+        PLAIN, perturbation=Perturbation.parse("CD8A:ko"), seeds=(0, 1, 2, 9), sample=SampleConfig(steps=8)
+    )
+    extra = {"edit": "CD8A:ko", "seeds": "0-2,9", "steps": "8"}
+    assert edited.to_query() == PLAIN.to_query() | extra
+
+
+def test_hash_is_that_of_the_canonical_text_and_sees_every_field() -> None:
+    import hashlib
+
+    assert PLAIN.hash == hashlib.sha256(PLAIN.to_json().encode()).hexdigest()
+    others = [
+        replace(PLAIN, data_sha256=MODEL),
+        replace(PLAIN, model_sha256=DATA),
+        replace(PLAIN, cell_ids=("cell-2",)),
+        replace(PLAIN, perturbation=Perturbation.parse("CD8A:ko")),
+        replace(PLAIN, perturbation=Perturbation.parse("CD8A:x0.5,B:ko")),
+        replace(PLAIN, perturbation=Perturbation.parse("B:ko,CD8A:x0.5")),
+        replace(PLAIN, sample=SampleConfig(solver="ddim")),
+        replace(PLAIN, seeds=(0,)),
+        replace(PLAIN, encoder_seed=1),
+        replace(PLAIN, matrix="raw.X"),
+        replace(PLAIN, gene_column="index"),
+    ]
+    assert len({PLAIN.hash, *(other.hash for other in others)}) == len(others) + 1
+    assert (
+        replace(PLAIN, sample=SampleConfig(guidance=1)).hash == replace(PLAIN, sample=SampleConfig(guidance=1.0)).hash
+    )
+
+
+def test_base_and_draft() -> None:
+    edited = replace(PLAIN, perturbation=Perturbation.parse("CD8A:ko"))
+    assert edited.base == PLAIN
+    assert edited.draft.seeds == (0,) and edited.draft.perturbation == edited.perturbation
+
+
+def test_canonical_text_of_schema_1_stays_as_it_is() -> None:
+    """A file kept by a user must hash alike in later versions of the same schema."""
+    recipe = replace(PLAIN, perturbation=Perturbation.parse("CD8A:x0.5"), seeds=(3,))
+    assert recipe.to_json() == (
+        '{"cell_ids":["cell-1"],"data_sha256":"' + DATA + '","encoder_seed":0,"gene_column":null,"matrix":null,'
+        '"model_sha256":"' + MODEL + '","perturbation":[{"amount":0.5,"gene":"CD8A","kind":"factor"}],'
+        '"sample":{"guidance":1.0,"solver":"dpm++","steps":16},"schema":1,"seeds":[3]}'
+    )
+
+
+def without(name: str) -> str:
+    return json.dumps({key: value for key, value in PLAIN.to_dict().items() if key != name})
+
+
+def changed(**fields: object) -> str:
+    return json.dumps(PLAIN.to_dict() | fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "no field 'schema'"),
+        ("[" * 100_000, "not JSON"),
+        (without("schema"), "no field 'schema'"),
+        (changed(schema=SCHEMA + 1), f"schema {SCHEMA + 1}, this version of GE2Hist reads schema {SCHEMA}"),
+        (changed(schema="1"), "schema '1'"),
+        (without("cell_ids"), "no field 'cell_ids'"),
+        (changed(cell_ids=[]), "cell_ids is \\(\\): give at least one name"),
+        (changed(cell_ids=["a", "a"]), "names 'a' twice"),
+        (changed(cell_ids="cell-1"), "cell_ids is 'cell-1'"),
+        (changed(seeds=[0.5]), "seeds is"),
+        (changed(seeds=[-1]), "A seed is -1"),
+        (changed(encoder_seed="x"), "A seed is 'x'"),
+        (changed(seeds=list(range(MAX_PICTURES + 1))), f"more than {MAX_PICTURES} pictures"),
+        (changed(data_sha256="../../etc"), "data_sha256 is '../../etc': give the 64"),
+        (changed(sample={"steps": 0}), "steps is 0"),
+        (changed(sample={"steps": "many"}), "steps is 'many'"),
+        (changed(sample={"guidance": "much"}), "guidance|another type"),
+        (changed(sample=[1]), "malformed"),
+        (changed(perturbation=["CD8A:ko"]), "malformed"),
+        (changed(perturbation=[{"gene": "CD8A"}]), "missing or of another type"),
+        (changed(perturbation=[{"gene": "CD8A", "kind": "exec", "amount": 1}]), "kind 'exec'"),
+        (changed(perturbation=[{"gene": "CD8A", "kind": "ko", "code": 1}]), "Unknown field 'code'"),
+        (changed(colour="red"), "Unknown field 'colour'"),
+        (changed(matrix=3), "matrix is 3"),
+    ],
+)
+def test_what_is_no_recipe_is_refused_in_one_sentence(text: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message) as caught:
+        Recipe.from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ({}, "names no cell"),
+        ({"cell": "a", "seeds": "0-"}, "seeds is '0-'"),
+        ({"cell": "a", "seeds": "5-2"}, "'5-2'"),
+        ({"cell": "a", "seeds": "0-99999999999"}, "at most"),
+        ({"cell": "a", "steps": "1.5"}, "steps is '1.5': give a whole number"),
+        ({"cell": "a", "guidance": "nan"}, "guidance is nan"),
+        ({"cell": "a", "solver": "euler"}, "solver is 'euler'"),
+        ({"cell": "a", "schema": "7"}, "schema 7"),
+        ({"cell": "a", "data": "0123"}, "other cells \\(data=0123\\)"),
+        ({"cell": "a", "model": "0123"}, "other model \\(model=0123\\)"),
+    ],
+)
+def test_bad_links_are_refused(query: dict[str, str], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        Recipe.from_query(query, DATA, MODEL)
+
+
+def test_missing_file_is_named(tmp_path) -> None:
+    with pytest.raises(BadInput, match="Cannot read the recipe"):
+        Recipe.read(tmp_path / "none.json")
