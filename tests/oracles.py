@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations, permutations
 
@@ -73,6 +74,10 @@ def best_matching(found: Sequence[Point], true: Sequence[Point], max_distance: f
     return search(0, frozenset(range(len(true))))
 
 
-def intersection_over_union(a: set[Point], b: set[Point]) -> float:
-    """Of two sets of pixels."""
-    return len(a & b) / len(a | b)
+def overlapping_instances(found: Sequence[int], true: Sequence[int], least: float = 0.5) -> int:
+    """Pairs of instances whose intersection over union exceeds ``least``, from two equally long rows of pixel labels.
+
+    0 is background. Above a half every instance has at most one such partner.
+    """
+    size_found, size_true, shared = Counter(found), Counter(true), Counter(zip(found, true, strict=True))
+    return sum(n / (size_found[a] + size_true[b] - n) > least for (a, b), n in shared.items() if a != 0 and b != 0)
