@@ -16,8 +16,8 @@ PROGRAMMES = ("immune_infiltration", "fibrosis", "angiogenesis", "proliferation"
 
 BASE_INTENSITY: Mapping[str, Mapping[str, float]] = {
     # Candidates per mm2 before crowding, in each compartment, with every programme at 0.
-    "Tumour epithelium": {"tumour": 14000.0},
-    "Luminal epithelium": {"luminal": 15000.0},
+    "Tumour epithelium": {"tumour": 20000.0},
+    "Luminal epithelium": {"luminal": 19000.0},
     "Fibroblast": {"stroma": 2600.0},
     "Endothelium": {"stroma": 150.0},
     "CD4 T cell": {"stroma": 420.0, "tumour": 60.0, "luminal": 60.0, "aggregate": 4500.0},

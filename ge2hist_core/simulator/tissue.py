@@ -164,7 +164,7 @@ def _architecture(seed: int, donor: int, n: int, fields: Mapping[str, np.ndarray
     depth = nest + (1 - 0.7 * luminal) * fray * ravel - threshold
     # Normal glands are open in their middle; tumour nests are mostly solid.
     epithelium = expit(depth / 0.10)
-    lumen = luminal * expit((depth - 1.0) / 0.06) + (1 - luminal) * expit((depth - 1.9) / 0.06)
+    lumen = luminal * expit((depth - 1.0) / 0.06) + (1 - luminal) * expit((depth - 2.5) / 0.06)
 
     aggregate = np.zeros((n, n))
     count = rng.poisson(14.0 * (n * GRID_UM / 1000.0) ** 2)
@@ -245,11 +245,11 @@ def _place_nuclei(
         )
         intensity = np.exp(log_fold) * sum(value * compartments[place] for place, value in base.items())
         kept = mark < _at(intensity, xy) / CANDIDATES_PER_MM2
-        part = pd.DataFrame({"x_um": xy[:, 0], "y_um": xy[:, 1], "cell_type": name, "angle": np.nan})
+        part = pd.DataFrame({"x_um": xy[:, 0], "y_um": xy[:, 1], "cell_type": name, "angle": np.full(count, np.nan)})
         part["key"] = (rank + 1) * 10_000_000 + np.arange(count)
         part["priority"] = priority
         parts.append(part[kept])
-    nuclei = pd.concat(parts, ignore_index=True)
+    nuclei = pd.concat([part for part in parts if len(part)], ignore_index=True)
     nuclei = _add_shapes(seed, donor, nuclei, fields)
     kept = _remove_crowded(nuclei, fields)
     return nuclei[kept].drop(columns=["priority"]).reset_index(drop=True)
@@ -286,10 +286,11 @@ def _add_shapes(seed: int, donor: int, nuclei: pd.DataFrame, fields: Mapping[str
     size = np.array([effects.NUCLEUS[name] for name in cell_type])
     donor_scale = np.exp(0.05 * stream(seed, "nuclear_size", donor).standard_normal())
     pleomorphism = np.where(np.isin(cell_type, ("Tumour epithelium", "Proliferating tumour")), 0.13, 0.07)
+    slenderness = np.where(cell_type == "Fibroblast", 0.18, 0.08)
     scale = donor_scale * np.exp(pleomorphism * normal[:, 0])
     shrink = np.where(tumour, np.exp(-0.04 * _at(fields["hypoxia"], xy)), 1.0)
-    major = size[:, 0] * scale * shrink * np.exp(0.08 * normal[:, 1])
-    minor = np.minimum(size[:, 1] * scale * shrink * np.exp(0.08 * normal[:, 2]), major)
+    major = size[:, 0] * scale * shrink * np.exp(slenderness * normal[:, 1])
+    minor = np.minimum(size[:, 1] * scale * shrink * np.exp(slenderness * normal[:, 2]), major)
 
     fibre = _angle_at(fields["fibre_angle"], xy) + 0.25 * normal[:, 3]
     angle = np.where(np.isin(cell_type, ("Fibroblast", "Endothelium")), fibre, np.pi * draws[:, 6])
