@@ -96,6 +96,25 @@ def test_spatialdata_opens_it_and_the_parts_overlay(path, sections):
         np.testing.assert_allclose(outlines["area_um2"], mask_area)
 
 
+def test_squidpy_finds_neighbours_in_the_table(path):
+    """Nearest neighbours per donor by squidpy, from the table as stored, equal those of the positions put in."""
+    import warnings
+
+    import spatialdata
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # squidpy's own, at import
+        import squidpy
+
+        table = spatialdata.read_zarr(path).tables["cells"]
+        squidpy.gr.spatial_neighbors(table, library_key="donor", coord_type="generic", n_neighs=1)
+    found = table.obsp["spatial_connectivities"].toarray().astype(bool)
+    distance = np.linalg.norm(CENTRES[:, None] - CENTRES[None], axis=-1)
+    np.fill_diagonal(distance, np.inf)
+    one_donor = np.eye(len(CENTRES), dtype=bool)[distance.argmin(axis=1)]
+    np.testing.assert_array_equal(found, np.kron(np.eye(3, dtype=bool), one_donor))
+
+
 def test_tiles_are_centred_on_the_cell(path, sections):
     store = TissueStore(path)
     rows = [10, 0, 6]
