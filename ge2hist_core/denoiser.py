@@ -14,6 +14,7 @@ For guidance the condition is dropped in some training steps; the network then s
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ class Denoiser(nn.Module):
         from safetensors.torch import save_file
 
         with atomic_folder(folder) as temporary:
-            self.unet.save_pretrained(temporary, safe_serialization=True)
+            # safetensors writes contiguous tensors only; the copy leaves the memory layout of the one in use alone.
+            copy.deepcopy(self.unet).to(memory_format=torch.contiguous_format).save_pretrained(temporary)
             save_file({k: v.contiguous() for k, v in self.tokens.state_dict().items()}, temporary / "condition.safetensors")
 
     @classmethod

@@ -188,7 +188,7 @@ def fit_mixture(
 
     Notes
     -----
-    A type without cells gets the mean and covariance of all cells: a wide guess rather than a missing answer.
+    A type without cells gets the mixture of all cells: a wide guess rather than a missing answer.
     """
     from sklearn.mixture import GaussianMixture
 
