@@ -62,7 +62,7 @@ class DiskCache:
         """The arrays stored under ``key``, or None. A damaged file counts as absent and is removed."""
         path = self._path(key, ".npz")
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             os.utime(path)
         except FileNotFoundError:

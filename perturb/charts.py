@@ -60,7 +60,7 @@ def composition(summary: pd.DataFrame, theme: str = "light") -> go.Figure:
     rows = summary[summary["readout"].str.startswith("fraction:")].copy()
     rows[["mean", "low", "high"]] *= 100.0
     names = [name.partition(":")[2] for name in rows["readout"].unique()][::-1]
-    rows["type"] = rows["readout"].str.partition(":")[2]
+    rows["type"] = rows["readout"].str.split(":").str[-1]
     figure = go.Figure()
     means = {arm: rows[rows["arm"] == arm].set_index("type").reindex(names) for arm, _ in ARMS}
     for name in names:
@@ -108,7 +108,8 @@ def spacing(readouts: pd.DataFrame, summary: pd.DataFrame, theme: str = "light")
     titles = [title for _, title in ARMS]
     for column, (readout, label) in enumerate((("spacing", "Mean"), ("spacing_var", "Variance")), start=1):
         rows = readouts[readouts["readout"] == readout]
-        wide = rows.pivot(index=["cell_id", "seed"], columns="arm", values="value")[[arm for arm, _ in ARMS]].dropna()
+        wide = rows.pivot(index=["cell_id", "seed"], columns="arm", values="value")
+        wide = wide.reindex(columns=[arm for arm, _ in ARMS]).dropna()
         gaps = np.full((len(wide), 1), np.nan)
         figure.add_scatter(
             x=[*titles, None] * len(wide),

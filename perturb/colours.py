@@ -1,4 +1,6 @@
-"""One colour per cell type, everywhere. Okabe and Ito's palette (jfly.uni-koeln.de/color), safe for colour blindness.
+"""One colour per cell type, everywhere: Okabe and Ito's palette (jfly.uni-koeln.de/color), wine of Paul Tol's for the eighth.
+
+The eight stay apart for the colour-blind.
 
 H&E shows the eight reader classes; the three lymphocyte types are shades of the lymphocyte's blue.
 """
@@ -15,7 +17,7 @@ TYPE_COLOURS = {
     "Endothelium": "#CC79A7",
     "Lymphocyte": "#0072B2",
     "Plasma cell": "#56B4E9",
-    "Macrophage": "#8C8C8C",
+    "Macrophage": "#882255",
     "CD4 T cell": "#0072B2",
     "CD8 T cell": "#00436B",
     "B cell": "#4A9BD1",

@@ -212,7 +212,7 @@ def _nuclei(result: Result) -> pd.DataFrame:
 def _csv(table: pd.DataFrame) -> bytes:
     """CSV whose text entries no spreadsheet takes for a formula."""
     safe = table.copy()
-    for name in safe.columns[safe.dtypes == object]:
+    for name in safe.select_dtypes("object").columns:
         safe[name] = [re.sub(r"^(?=[=+\-@\t\r])", "'", str(value)) for value in safe[name]]
     return safe.to_csv(index=False, lineterminator="\n").encode()
 

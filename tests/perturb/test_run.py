@@ -84,7 +84,8 @@ def test_comparison_follows_from_the_readouts(result: Result) -> None:
     area_mm2 = (32 * 0.5 / 1000) ** 2
     counts = [len(nuclei) for nuclei in result.base_nuclei]
     assert table.at["density", "base"] == pytest.approx(np.mean(counts) / area_mm2)
-    assert list(result.comparison.columns) == ["readout", "unit", "base", "edited", "effect", "low", "high", "p", "q", "n"]
+    columns = ["readout", "unit", "base", "edited", "effect", "low", "high", "p", "q", "n"]
+    assert list(result.comparison.columns) == columns
     assert (result.comparison["q"].dropna() >= result.comparison["p"].dropna()).all()
 
 
