@@ -74,7 +74,8 @@ class TrainConfig:
     """How the parts are trained. ``beta`` and ``gamma`` are the paper's, equation (9).
 
     ``reconstruction`` weighs the embedding error kept in the main training, ``latent_noise`` is the noise on the autoencoder's
-    latents in their standard deviations, ``latent_variants`` how many of a tile's eight rotations and reflections are encoded.
+    latents in their standard deviations, ``latent_variants`` how many of a tile's eight rotations and reflections are encoded,
+    ``cells_per_donor`` how many cells of a donor are used at the most.
     """
 
     steps: int = 20000
@@ -87,11 +88,12 @@ class TrainConfig:
     reconstruction: float = 0.1
     condition_dropout: float = 0.1
     vae_steps: int = 2000
-    autoencoder_steps: int = 3000
+    autoencoder_steps: int = 1500
     autoencoder_batch: int = 16
     autoencoder_learning_rate: float = 1e-3
     latent_noise: float = 0.05
-    latent_variants: int = 4
+    latent_variants: int = 2
+    cells_per_donor: int = 600
     checkpoint_every: int = 250
     mixed_precision: str = "no"
     seed: int = 0

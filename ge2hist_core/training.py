@@ -2,9 +2,9 @@
 
 Stages, each resumable, with their work in ``BUNDLE/.work``:
 
-1. ``embeddings``: scGPT embedding of every cell with a whole tile;
-2. ``autoencoder``: tile <-> latent;
-3. ``latents``: the training tiles in several rotations and reflections as float16 latents;
+1. ``autoencoder``: tile <-> latent;
+2. ``latents``: the training tiles in several rotations and reflections as float16 latents;
+3. ``embeddings``: scGPT embedding of the cells; the stages before do without the encoder, so it may be exchanged after them;
 4. ``vae``: both VAEs by themselves, no separation yet;
 5. ``main``: VAEs, classifier and U-Net together, (9) ``L = L_CDM + beta L_cls + gamma L_KL`` and the two small terms that
    :mod:`ge2hist_core.vae` explains;
@@ -307,16 +307,23 @@ class Trainer:
         self.label = np.searchsorted(np.sort(types), store.cells.cell_type.astype(str))
         self.label = np.argsort(types.astype(str), kind="stable")[self.label]
         split = store.split()
-        self.rows = {name: store.rows(donors) for name, donors in split.items()}
+        self.rows = {name: self._limited(store.rows(donors)) for name, donors in split.items()}
         for name, rows in self.rows.items():
             if not len(rows):
                 raise BadInput(f"The {name} donors have no cell with a whole tile: give more or larger sections.")
-        self.identity = self._identity(model)
+        self.picture_identity = self._identity(model, "")
+        self.identity = self._identity(model, self.model.scgpt.sha256)
 
-    def _identity(self, model: ModelConfig) -> str:
+    def _limited(self, rows: np.ndarray) -> np.ndarray:
+        """At most ``cells_per_donor`` rows of each donor, drawn at random."""
+        draw, donor = rng.stream(self.config.seed, "cells per donor"), self.store.cells.donor[rows]
+        some = [draw.permutation(rows[donor == name])[: self.config.cells_per_donor] for name in np.unique(donor)]
+        return np.sort(np.concatenate(some)) if some else rows
+
+    def _identity(self, model: ModelConfig, encoder_sha256: str) -> str:
         free = ("steps", "checkpoint_every")
         settings = {k: v for k, v in to_json(self.config).items() if k not in free}
-        digest = hashlib.sha256(json.dumps([to_json(model), settings, self.model.scgpt.sha256]).encode())
+        digest = hashlib.sha256(json.dumps([to_json(model), settings, encoder_sha256]).encode())
         for array in (self.store.cells.counts.data, self.store.cells.counts.indices, self.store.cells.counts.indptr):
             digest.update(np.ascontiguousarray(array).tobytes())
         digest.update("\n".join(self.store.cells.cell_id).encode())
@@ -329,13 +336,12 @@ class Trainer:
         """
         self.work.mkdir(parents=True, exist_ok=True)
         model, config = self.model, self.config
-        yield from self._embed()
-        self._drop_empty_cells()
-
         objective: nn.Module = AutoencoderObjective(model.autoencoder, config)
         yield from self._fit(objective, "autoencoder", self._autoencoder_batch, config.autoencoder_steps)
         model.autoencoder.fit_statistics(self._raw_latents())
         yield from self._encode_tiles()
+        yield from self._embed()
+        self._drop_empty_cells()
 
         model.encoder.fit_standardisation(torch.from_numpy(self.embedding[self.rows["train"]]))
         objective = VAEObjective(model.encoder, config)
@@ -353,7 +359,8 @@ class Trainer:
     ) -> Iterator[Record]:
         rate = self.config.autoencoder_learning_rate if stage == "autoencoder" else self.config.learning_rate
         return fit(
-            stage, objective, batch, self.work, self.accelerator, self.identity,
+            stage, objective, batch, self.work, self.accelerator,
+            self.picture_identity if stage == "autoencoder" else self.identity,
             steps=steps, peak_rate=rate, config=self.config, deadline=deadline,
         )  # fmt: skip
 
@@ -364,11 +371,12 @@ class Trainer:
     ) -> Iterator[Record]:
         """Fill ``work/<name>.npy`` in blocks of its first axis; what a killed run has filled stays."""
         path, mark = self.work / f"{name}.npy", self.work / f"{name}.json"
+        identity = self.picture_identity if name == "latents" else self.identity
         if self.accelerator.is_main_process:
             done = 0
             if mark.exists():
                 state = json.loads(mark.read_text(encoding="utf-8"))
-                if state["identity"] != self.identity:
+                if state["identity"] != identity:
                     raise BadInput(f"{path} was made with other data or settings: use the same, or choose another --out.")
                 done = state["done"]
             array = (
@@ -380,7 +388,7 @@ class Trainer:
                 stop = min(start + block, shape[0])
                 array[start:stop] = compute(slice(start, stop))
                 array.flush()
-                write_json(mark, {"identity": self.identity, "done": stop})
+                write_json(mark, {"identity": identity, "done": stop})
                 yield Record(name, stop, shape[0], {})
         self.accelerator.wait_for_everyone()
 
@@ -396,7 +404,8 @@ class Trainer:
         self.embedding[rows] = np.load(self.work / "embeddings.npy")
 
     def _drop_empty_cells(self) -> None:
-        """Cells without a gene that the encoder knows have no embedding."""
+        """Cells without a gene that the encoder knows have no embedding; ``latent_rows`` finds the others' latents."""
+        self.latent_rows = np.flatnonzero(np.isfinite(self.embedding[self.rows["train"], 0]))
         self.rows = {name: rows[np.isfinite(self.embedding[rows, 0])] for name, rows in self.rows.items()}
         label = self.label[self.rows["train"]]
         weight = 1 / np.sqrt(np.bincount(label, minlength=len(self.model.cell_types))[label])
@@ -451,7 +460,7 @@ class Trainer:
         g = self._stream("main", step)
         chosen, batch = self._state_batch(g)
         n, steps = len(chosen), self.model.config.train_timesteps
-        latent = self.latents[chosen, g.integers(self.latents.shape[1], size=n)].astype(np.float32)
+        latent = self.latents[self.latent_rows[chosen], g.integers(self.latents.shape[1], size=n)].astype(np.float32)
         times = (np.arange(n) + g.random(n)) / n * steps
         return {
             **batch,
@@ -566,7 +575,7 @@ def main(args: argparse.Namespace) -> None:
         um_per_px=store.um_per_px,
         cell_types=CELL_TYPES if set(store.cell_types) <= set(CELL_TYPES) else store.cell_types,
     )
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     trainer = Trainer(store, args.scgpt, args.out, model, config)
     bar: tqdm | None = None
     for record in trainer.run(deadline):
