@@ -172,7 +172,7 @@ class Encoder(nn.Module):
         return x
 
     def first(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
-        """As :meth:`forward`, the output at the first token only, ``[cell, dim]``: the last layer costs next to nothing."""
+        """As :meth:`forward`, at the first token only, ``[cell, dim]``: the last layer costs next to nothing."""
         *body, last = self.layers
         for layer in body:
             x = layer(x, x, attend)
@@ -434,9 +434,9 @@ class ScGPT:
         if not len(columns):
             return columns, columns
         low, high = bin_range(values)
-        # ceil(high - u (high - low + 1)) is uniform over low..high for u in [0, 1).
+        # Uniform over low..high for u in [0, 1); the maximum catches a u so near 1 that the product rounds up.
         bins = np.ceil(high - ties(cell, columns) * (high - low + 1)).astype(np.int64)
-        return columns, np.where(low == high, high, bins)
+        return columns, np.maximum(bins, low)
 
 
 class _PairDraws:
@@ -459,9 +459,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cells", type=Path, metavar="CELLS.h5ad", help="raw counts")
     parser.add_argument("--scgpt", type=Path, required=True, metavar="DIR", help="scGPT checkpoint folder")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT.h5ad", help='copy with obsm["X_scGPT"]')
-    parser.add_argument("--gene-column", metavar="NAME", help="column of var with symbols, or index (default: best match)")
+    parser.add_argument("--gene-column", metavar="NAME", help="column of var, or index (default: best match)")
     parser.add_argument("--max-length", type=int, default=1200, metavar="N", help="most tokens per cell")
-    parser.add_argument("--seed", type=int, default=0, help="for values that many genes share and cells above max-length")
+    parser.add_argument("--seed", type=int, default=0, help="for tied values and cells above max-length")
     parser.add_argument("--on-empty", choices=("raise", "nan"), default="raise", help="cells without any known gene")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -509,7 +509,7 @@ def _write_embedding(source: Path, path: Path, embedding: np.ndarray, provenance
                 if name not in file:
                     write_elem(file, name, {})
                 if not isinstance(file[name], h5py.Group):
-                    raise BadInput(f"{source} is of an old format: read it with anndata, write it again and embed that.")
+                    raise BadInput(f"{source} is of an old format: read and write it with anndata, then embed that.")
                 write_elem(file, f"{name}/X_scGPT", value)
 
 
@@ -528,9 +528,9 @@ def _read_args(path: Path) -> dict[str, Any]:
     for name in ("embsize", "nheads", "d_hid", "nlayers"):
         value = args.get(name)
         if not (isinstance(value, int) and value > 0):
-            raise BadInput(f"{name} is {value!r} in {path}: it must be a whole number above 0, as the checkpoint has it.")
+            raise BadInput(f"{name} is {value!r} in {path}: give the checkpoint's own, a whole number above 0.")
     if args["embsize"] % args["nheads"]:
-        raise BadInput(f"embsize {args['embsize']} in {path} is no multiple of nheads {args['nheads']}: correct the file.")
+        raise BadInput(f"embsize {args['embsize']} is no multiple of nheads {args['nheads']} in {path}: correct it.")
     for name, wanted in (("input_emb_style", "continuous"), ("n_bins", N_BINS)):
         if args.get(name, wanted) != wanted:
             raise BadInput(
@@ -547,7 +547,7 @@ def _read_vocab(path: Path) -> dict[str, int]:
     vocab = _read_json(path)
     ids = list(vocab.values())
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids) or sorted(ids) != list(range(len(ids))):
-        raise BadInput(f"The token ids in {path} are not 0 to {len(ids) - 1}, each once: use the checkpoint's own file.")
+        raise BadInput(f"Token ids in {path} are not 0 to {len(ids) - 1}, each once: use the checkpoint's own file.")
     for token in SPECIAL_TOKENS:
         vocab.setdefault(token, len(vocab))
     return vocab
@@ -566,7 +566,7 @@ def _read_weights(path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Ten
         for pattern, new in _RENAMES:
             key = pattern.sub(new, key)
         if _OTHER_MODEL.match(key):
-            raise BadInput(f"{path} holds {key}, batch normalisation of a fine-tuned model: use a pre-trained checkpoint.")
+            raise BadInput(f"{path} holds {key} as only fine-tuned models do: use a pre-trained checkpoint.")
         if not _UNUSED.match(key):
             weights[key] = value
     problems = [f"{key} is missing" for key in shapes if key not in weights]
