@@ -1,4 +1,4 @@
-"""``python -m ge2hist_core simulate | pretrain | embed | train | evaluate``: the engine from the command line.
+"""``python -m ge2hist_core simulate | pretrain | embed | train | train-reader | evaluate | ...``: the engine from the command line.
 
 Each command is a module with ``add_arguments(parser)`` and ``main(args)``; modules are imported when their command runs.
 """
@@ -18,6 +18,8 @@ COMMANDS = {
     "embed": ("ge2hist_core.embedding", "write scGPT embeddings of an h5ad's cells"),
     "train": ("ge2hist_core.training", "train a GE2Hist bundle on a store"),
     "train-reader": ("ge2hist_core.nuclei_training", "train the nuclei reader of a bundle on a store"),
+    "demo-cells": ("ge2hist_core.demo_cells", "write example cells of donors that a bundle has not seen"),
+    "card": ("ge2hist_core.model_card", "write a bundle's model card from its figures"),
     "evaluate": ("ge2hist_core.evaluation", "compare a bundle's pictures with real tiles of the same cells"),
 }
 

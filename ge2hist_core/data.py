@@ -268,7 +268,11 @@ class H5adSource:
 
 
 def write_cells(
-    cells: Cells, path: str | Path, obs: pd.DataFrame | None = None, var: pd.DataFrame | None = None
+    cells: Cells,
+    path: str | Path,
+    obs: pd.DataFrame | None = None,
+    var: pd.DataFrame | None = None,
+    umap: np.ndarray | None = None,
 ) -> None:
     """Write cells as an h5ad that :func:`open_h5ad` reads back; same cells, same bytes.
 
@@ -276,6 +280,7 @@ def write_cells(
     ----------
     obs: further columns per cell (known truth), in the cells' order.
     var: further columns per gene (role, programme), in the genes' order.
+    umap: ``[cell, 2]`` coordinates of a map of the cells.
     """
     from anndata import AnnData
 
@@ -291,6 +296,8 @@ def write_cells(
     table.uns[NOTE] = {"source": cells.source, "position_unit": "um"}
     if cells.xy_um is not None:
         table.obsm["spatial"] = cells.xy_um
+    if umap is not None:
+        table.obsm["X_umap"] = umap
     with atomic_path(path) as temporary:
         table.write_h5ad(temporary, compression="gzip")
 

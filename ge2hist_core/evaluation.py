@@ -243,7 +243,8 @@ def evaluate(
     """
     sample = sample or SampleConfig()
     tile_um = model.config.tile_px * model.config.um_per_px
-    donors = store.donors if model.trained_on != store.identity else store.split()["test"]
+    seen = model.has_learned_from(store)
+    donors = [name for name in store.donors if name not in seen]
     cells = store.cells
     eligible = np.flatnonzero(np.isin(cells.donor, donors))
     pool = eligible[store.interior[eligible]]

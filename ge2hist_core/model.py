@@ -41,6 +41,7 @@ from ge2hist_core.vae import Mixture, StateEncoder
 if TYPE_CHECKING:
     from ge2hist_core.embedding import ScGPT
     from ge2hist_core.nuclei import LearnedReader
+    from ge2hist_core.store import TissueStore
 
 __all__ = ["CHUNK", "FORMAT", "GE2Hist", "Preview"]
 
@@ -48,7 +49,7 @@ FORMAT = 1
 CHUNK = 4
 
 _ENCODER_FILES = ("args.json", "vocab.json", "best_model.pt")
-_HASHED = ("bundle.json", "*.safetensors", "reader.json", "scgpt/*", "unet/*", "scheduler/*")
+_HASHED = ("bundle.json", "*.safetensors", "reader.json", *(f"scgpt/{name}" for name in _ENCODER_FILES), "unet/*", "scheduler/*")
 """Files that can change a result, and so make up the bundle's hash."""
 
 
@@ -119,6 +120,16 @@ class GE2Hist:
     @property
     def cell_types(self) -> tuple[str, ...]:
         return self.config.cell_types
+
+    def has_learned_from(self, store: TissueStore) -> set[str]:
+        """Donors of a store that this model was trained or validated on: in the same store, or simulated from the same numbers."""
+        report = self.report or {}
+        split = report.get("donors", {})
+        known = {*split.get("train", ()), *split.get("validation", ())}
+        keys = ("seed", "size_um")
+        here, there = ({k: (s or {}).get(k) for k in keys} for s in (store.simulation, report.get("simulation")))
+        same_tissue = store.simulation is not None and here == there
+        return known & set(store.donors) if same_tissue or report.get("store") == store.identity else set()
 
     # --- expression to state ---------------------------------------------------------------------------------
 
@@ -254,6 +265,8 @@ class GE2Hist:
             with atomic_folder(folder / "scgpt") as temporary:
                 for name in _ENCODER_FILES:
                     shutil.copyfile(self.scgpt_folder / name, temporary / name)
+                if (self.scgpt_folder / "pretraining.json").exists():  # ours has one, published checkpoints do not
+                    shutil.copyfile(self.scgpt_folder / "pretraining.json", temporary / "pretraining.json")
         for name, part in (("vae", self.encoder), ("autoencoder", self.autoencoder)):
             _save_arrays(folder / f"{name}.safetensors", {k: v.numpy() for k, v in part.state_dict().items()})
         self.denoiser.save(folder / "unet")

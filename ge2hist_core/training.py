@@ -491,6 +491,7 @@ class Trainer:
         split = self.store.split()
         model.report = {
             "data": self.store.path.name,
+            "store": self.store.identity,
             "simulation": self.store.simulation,
             "donors": {name: list(donors) for name, donors in split.items()},
             "cells": {name: len(rows) for name, rows in self.rows.items()},
