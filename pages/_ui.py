@@ -1,4 +1,4 @@
-"""What the pages share: settings, the only caches, the URL, uploads, the worker, errors. No page keeps arrays itself."""
+"""What the pages share: settings, the only caches, the address, uploads, the worker, errors, downloads."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def draw(recipe: Recipe, model: GE2Hist, source: H5adSource, on_progress: Callab
 
 @st.cache_data(max_entries=512, show_spinner=False)
 def tile_png(recipe_hash: str, arm: str, picture: int, view: str, types: tuple[str, ...], _result: Result) -> bytes:
-    """One picture as PNG of about 512 px: ``view`` is ``picture``, ``nuclei`` (of the given types) or ``difference``."""
+    """One picture as PNG of some 512 px: ``view`` is ``picture``, ``nuclei`` (of these types) or ``difference``."""
     from perturb import pictures
 
     niche = getattr(_result, arm)[picture]
@@ -459,5 +459,11 @@ def downloads(result: Result) -> None:
     with st.container(horizontal=True, gap="small", key="downloads"):
         for label, ending, mime, data in files:
             st.download_button(
-                label, data, f"{name}.{ending}", mime, key=f"download {ending}", on_click="ignore", icon=":material/download:"
+                label,
+                data,
+                f"{name}.{ending}",
+                mime,
+                key=f"download {ending}",
+                on_click="ignore",
+                icon=":material/download:",
             )

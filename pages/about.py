@@ -15,19 +15,20 @@ LIBRARIES = ("torch", "diffusers", "streamlit", "anndata", "numpy", "scipy", "pl
 
 LIMITS = """
 - **Not diagnostic.** Every picture here is generated. It is no tissue, and no basis for a decision about a patient.
-- A difference between *before* and *after* says how this model's picture depends on a gene's count. What it learnt mixes
-  cause and correlation; no perturbed tissue was in its training data.
-- The demo bundle was trained on **simulated tissue** with known causes. What it draws for real cells is extrapolation, and
-  the app says so where a cell lies outside of the training data.
+- A difference between *before* and *after* says how this model's picture depends on a gene's count. What it learnt
+  mixes cause and correlation; no perturbed tissue was in its training data.
+- The demo bundle was trained on **simulated tissue** with known causes. What it draws for real cells is extrapolation,
+  and the app says so where a cell lies outside of the training data.
 - The encoder sees ranks of counts within a cell. An edit that changes no rank changes nothing (a *plateau*).
-- Nuclei are found and typed in the pictures by a trained reader that miscounts and mistypes some, in both pictures alike.
-- Intervals cover the noise of drawing: other seeds. They do not cover other cells, other donors or the model's own errors.
+- Nuclei are found and typed in the pictures by a trained reader that miscounts and mistypes some, in both alike.
+- Intervals cover the noise of drawing: other seeds. They do not cover other cells, other donors or the model's errors.
 - CD4 T, CD8 T and B cells look alike in H&E; the pictures' nuclei are therefore counted as *Lymphocyte*.
 """
 
 PRIVACY = f"""
-An uploaded file stays on the computer that runs this app, under its SHA-256, and is removed {_ui.UPLOAD_DAYS} days after it was
-last uploaded. Whoever has the address of one of its results can open it on this server. Nothing is sent elsewhere.
+An uploaded file stays on the computer that runs this app, under its SHA-256. Files last uploaded more than
+{_ui.UPLOAD_DAYS} days ago go when another file is uploaded. Whoever has the address of one of its results can open it
+on this server. Nothing is sent elsewhere.
 """
 
 SETTINGS = """
@@ -39,16 +40,17 @@ SETTINGS = """
 """
 
 LICENCES = """
-GE2Hist follows the paper *GE2Hist* with code of its own. The cell encoder has the architecture and file layout of scGPT (Cui et
-al. 2024, doi:10.1038/s41592-024-02201-0); the encoder of the demo bundle was trained by this project. Colours: Okabe and Ito.
+GE2Hist follows the paper *GE2Hist* (Cai et al., MICCAI 2025) with code of its own. The cell encoder has the
+architecture and file layout of scGPT (Cui et al. 2024, doi:10.1038/s41592-024-02201-0); that of the demo bundle was trained by this
+project. Colours: Okabe and Ito, Tol.
 """
 
 
 def page() -> None:
     st.markdown("#### About this digital twin")
     st.markdown(
-        "GE2Hist draws the H&E picture of a cell's surroundings from the cell's gene expression. Here you edit genes and see "
-        "the picture drawn anew from the same noise, so that what differs between the two comes from the edit alone."
+        "GE2Hist draws the H&E picture of a cell's surroundings from the cell's gene expression. Here you edit genes "
+        "and see the picture drawn anew from the same noise, so that what differs comes from the edit alone."
     )
     st.markdown("##### Limits")
     st.markdown(LIMITS)
@@ -82,10 +84,12 @@ def page() -> None:
 def _evaluation(folder: Path) -> None:
     path = folder / "evaluation.json"
     if not path.is_file():
-        st.caption("This bundle was not evaluated: `python -m ge2hist_core evaluate BUNDLE DATA.zarr --out DIR` does it.")
+        st.caption("This bundle was not evaluated yet: `python -m ge2hist_core evaluate` does it.")
         return
     rows = list(_flat(json.loads(path.read_text(encoding="utf-8"))))
-    st.dataframe({"figure": [name for name, _ in rows], "value": [value for _, value in rows]}, hide_index=True, height=360)
+    st.dataframe(
+        {"figure": [name for name, _ in rows], "value": [value for _, value in rows]}, hide_index=True, height=360
+    )
 
 
 def _flat(value: Any, name: str = "") -> Any:

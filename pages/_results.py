@@ -1,0 +1,122 @@
+"""Below the pictures of the Explore page: numbers, charts, all seeds, the denoising, downloads."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from pages import _ui
+
+if TYPE_CHECKING:
+    from ge2hist_core.model import GE2Hist
+    from perturb.result import Result
+
+SECTIONS = ("Charts", "All seeds", "Denoising", "Table")
+
+
+def results(result: Result, model: GE2Hist) -> None:
+    if not result.recipe.perturbation:
+        return
+    _headline(result)
+    for warning in result.warnings:
+        st.caption(f":material/warning: {_ui.plain(warning)}")
+    section = st.segmented_control(
+        "Results", SECTIONS, default=SECTIONS[0], key="section", label_visibility="collapsed", required=True
+    )
+    {"Charts": _charts, "All seeds": _all_seeds, "Denoising": _denoising, "Table": _table}[section](result, model)
+    _ui.downloads(result)
+
+
+def _headline(result: Result) -> None:
+    rows = result.comparison.set_index("readout")
+    shares = rows[rows.index.str.startswith("fraction:")]
+    wanted = [("density", "Density", 1, "{:,.0f}", " cells/mm²"), ("spacing", "Nearest neighbour", 1, "{:.2f}", " µm")]
+    if len(shares) and shares["effect"].notna().any():
+        name = shares["effect"].abs().idxmax()
+        wanted.append((name, f"Share of {name.partition(':')[2]}", 100, "{:.1f}", " %"))
+    for column, (name, title, scale, form, unit) in zip(st.columns(len(wanted)), wanted, strict=True):
+        if name not in rows.index:
+            continue
+        row = rows.loc[name]
+        before, after, effect, low, high = (row[key] * scale for key in ("base", "edited", "effect", "low", "high"))
+        if effect != effect:
+            column.metric(f"{title},{unit}", "undefined", help="Too few nuclei in one of the pictures.")
+            continue
+        interval = f" ({form.format(low)} to {form.format(high)})" if low == low and row["n"] > 1 else ""
+        column.metric(
+            f"{title},{unit}",
+            f"{form.format(before)} → {form.format(after)}",
+            f"{'+' if effect >= 0 else ''}{form.format(effect)}{interval}",
+            delta_color="off",
+            delta_arrow="off",
+            help="Mean before and after; below, the mean paired difference"
+            + (" with its 95 % interval over seeds." if interval else ", of one seed alone."),
+        )
+
+
+def _charts(result: Result, model: GE2Hist) -> None:
+    from perturb import charts
+
+    theme = _ui.theme()
+    if len(result.recipe.seeds) == 1:
+        st.caption("One seed: no intervals. Compare over several seeds to see how far the noise alone moves these.")
+    show = {"theme": None, "config": {"displaylogo": False}}
+    st.plotly_chart(charts.density(result.summary, theme), key="density", **show)
+    left, right = st.columns(2)
+    left.plotly_chart(charts.composition(result.summary, theme), key="composition", **show)
+    right.plotly_chart(charts.spacing(result.readouts, result.summary, theme), key="spacing", **show)
+
+
+def _all_seeds(result: Result, model: GE2Hist) -> None:
+    for column, arm, title in zip(st.columns(2), ("base", "edited"), ("Before", "After"), strict=True):
+        column.image(_ui.sheet_png(result.recipe.hash, arm, result), width="stretch", alt=f"All seeds, {title}")
+        column.caption(f"{title}: seeds {_span(result.recipe.seeds)}, row by row; the same place has the same noise.")
+
+
+def _span(seeds: tuple[int, ...]) -> str:
+    return f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
+
+
+def _denoising(result: Result, model: GE2Hist) -> None:
+    st.fragment(_replay)(result, model)
+
+
+def _replay(result: Result, model: GE2Hist) -> None:
+    with _ui.guard():
+        frames = {arm: _ui.frame_pngs(result.recipe.hash, arm, result, model) for arm in ("base", "edited")}
+        n = len(frames["base"])
+        with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
+            play = st.button("Play", icon=":material/play_arrow:", key="play")
+            step = st.slider("Denoising step shown", 1, n, n, key=f"frame of {n}") if n > 1 else 1
+        slots = [column.empty() for column in st.columns(2)]
+        for i in range(n) if play else (step - 1,):
+            for slot, arm in zip(slots, frames, strict=True):
+                slot.image(
+                    frames[arm][i],
+                    width="stretch",
+                    caption=f"{'Before' if arm == 'base' else 'After'}, {i + 1} of {n}: the clean picture as estimated",
+                )
+            if play:
+                time.sleep(0.12)
+
+
+def _table(result: Result, model: GE2Hist) -> None:
+    number = st.column_config.NumberColumn
+    st.dataframe(
+        result.comparison,
+        hide_index=True,
+        column_config={
+            "readout": "Readout",
+            "unit": "Unit",
+            "base": number("Before", format="%.4g"),
+            "edited": number("After", format="%.4g"),
+            "effect": number("Difference", format="%.4g"),
+            "low": number("95 % from", format="%.4g"),
+            "high": number("to", format="%.4g"),
+            "p": number("p", format="%.3g"),
+            "q": number("q (FDR)", format="%.3g"),
+            "n": "Seeds",
+        },
+    )

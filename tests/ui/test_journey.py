@@ -1,0 +1,163 @@
+"""One way through the app in a real browser: start, pick, knock out, watch, compare, download, open the report.
+
+Screenshots go to ``ci-output/``. With ``CI=true`` a missing browser is a failure, elsewhere the test is skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ge2hist_core.data import write_cells
+from ge2hist_core.types import Cells
+
+ROOT = Path(__file__).parents[2]
+PICTURES = ROOT / "ci-output"
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+PATIENCE_S = 300
+GENE = "GAPDH"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, demo_cells: Cells) -> Iterator[str]:
+    """A running app on a free loopback port."""
+    folder = tmp_path_factory.mktemp("app")
+    write_cells(demo_cells, folder / "cells.h5ad")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {
+        "GE2HIST_BUNDLE": str(tiny_folder),
+        "GE2HIST_CELLS": str(folder / "cells.h5ad"),
+        "GE2HIST_HOME": str(folder / "home"),
+    }
+    command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.headless=true"]
+    command += [f"--server.port={port}", "--server.address=127.0.0.1", "--server.fileWatcherType=none"]
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stdout=log, stderr=log)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_for_health(url, server)
+            yield url
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(timeout=60)
+    said = (folder / "server.log").read_text()
+    assert "Traceback" not in said, said
+
+
+def _wait_for_health(url: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/_stcore/health", timeout=5) as reply:
+                if reply.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError(f"the app did not start (exit code {server.poll()})")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """A fresh Chromium."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        path, sync_playwright = None, None
+    if path is None or sync_playwright is None:
+        text = "no Chromium or no playwright here: apt-get install chromium, pip install -r requirements-dev.txt"
+        if os.environ.get("CI") == "true":
+            pytest.fail(text)
+        pytest.skip(text)
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("profile"),
+            executable_path=path,
+            headless=True,
+            args=FLAGS,
+            viewport={"width": 1366, "height": 768},
+            accept_downloads=True,
+        )
+        context.set_default_timeout(1000 * PATIENCE_S)
+        yield context
+        context.close()
+
+
+def test_journey(address: str, browser, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=1000 * PATIENCE_S)
+    PICTURES.mkdir(exist_ok=True)
+    page = browser.new_page()
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+
+    # Start: the first picture, marked and described.
+    page.goto(f"{address}/?steps=4")
+    before = page.get_by_alt_text("Generated H&E picture of the niche, Before: unedited")
+    expect(before).to_be_visible()
+    expect(page.get_by_text("Draft: one draw from one seed, unedited.")).to_be_visible()
+
+    # Pick another cell.
+    page.get_by_role("button", name="Next cell of this type").or_(page.locator(".st-key-step-1 button")).first.click()
+    expect(page.get_by_role("heading", name="Niche of cell-1")).to_be_visible()
+    page.screenshot(path=PICTURES / "1-start.png")
+
+    # Knock a gene out and watch the draft.
+    page.locator(".st-key-gene input").fill(GENE)
+    page.get_by_role("option").first.click()
+    card = page.locator(f".st-key-gene-{GENE}")
+    card.locator("label", has_text="Knock out").click()
+    expect(page.get_by_alt_text("Generated H&E picture of the niche, After: edited, same noise")).to_be_visible()
+    expect(page.get_by_role("button", name=f"{GENE} knocked out")).to_be_visible()
+    expect(page).to_have_url(lambda url: f"edit={GENE}%3Ako" in url)
+    page.screenshot(path=PICTURES / "2-draft.png")
+
+    # Compare over all seeds, and see it happen.
+    page.get_by_role("button", name="Compare over 16 seeds").click()
+    expect(page.get_by_text("Noise seed 0")).to_be_visible()
+    expect(page.locator(".js-plotly-plot")).to_have_count(3)
+    page.screenshot(path=PICTURES / "3-result.png")
+    page.locator(".js-plotly-plot").first.scroll_into_view_if_needed()
+    page.screenshot(path=PICTURES / "4-charts.png")
+
+    # A reload loses nothing.
+    page.reload()
+    expect(page.get_by_text("Noise seed 0")).to_be_visible()
+
+    # Download.
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Everything (ZIP)").click()
+    waiting.value.save_as(tmp_path / "all.zip")
+    with zipfile.ZipFile(tmp_path / "all.zip") as archive:
+        assert archive.testzip() is None
+        assert {"report.html", "recipe.json", "comparison.csv"} <= set(archive.namelist())
+        archive.extract("report.html", tmp_path)
+
+    # The report, in the app and by itself without a network.
+    page.get_by_role("link", name="Report").click()
+    inside = page.frame_locator("iframe").first
+    expect(inside.get_by_role("heading", level=1)).to_contain_text(f"{GENE} is knocked out")
+    page.screenshot(path=PICTURES / "5-report-page.png")
+    alone = browser.new_page()
+    alone.on("pageerror", lambda error: faults.append(str(error)))
+    alone.goto((tmp_path / "report.html").as_uri())
+    expect(alone.locator(".js-plotly-plot")).to_have_count(4)
+    alone.screenshot(path=PICTURES / "6-report.png", full_page=True)
+    assert faults == []

@@ -1,0 +1,259 @@
+"""Every page through ``app.py``, on a small real bundle: what a user sees, without a browser."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import streamlit as st
+from streamlit.testing.v1 import AppTest
+
+from ge2hist_core.data import write_cells
+from ge2hist_core.types import Cells
+from pages import _ui
+from pages._experiment import Experiment
+from perturb.edits import Perturbation
+from perturb.recipe import Recipe
+
+APP = Path(__file__).parents[2] / "app.py"
+START = "pages/explore.py"
+PAGES = sorted(f"pages/{path.name}" for path in (APP.parent / "pages").glob("[!_]*.py"))
+TIMEOUT = 300
+GENE = "GAPDH"
+
+
+@pytest.fixture(scope="module")
+def cells_file(tmp_path_factory: pytest.TempPathFactory, demo_cells: Cells) -> Path:
+    path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
+    write_cells(demo_cells, path)
+    return path
+
+
+@pytest.fixture
+def settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, cells_file: Path
+) -> Iterator[pytest.MonkeyPatch]:
+    monkeypatch.setenv("GE2HIST_BUNDLE", str(tiny_folder))
+    monkeypatch.setenv("GE2HIST_CELLS", str(cells_file))
+    monkeypatch.setenv("GE2HIST_HOME", str(tmp_path_factory.mktemp("home")))
+    yield monkeypatch
+    _ui.get_worker().close()
+    _ui.get_worker.clear()
+    st.cache_resource.clear()
+    st.cache_data.clear()
+
+
+def start(query: dict[str, str] | None = None) -> AppTest:
+    at = AppTest.from_file(str(APP), default_timeout=TIMEOUT)
+    for name, value in (query or {}).items():
+        at.query_params[name] = value
+    return at.run()
+
+
+def texts(at: AppTest) -> str:
+    """All that the page says."""
+    kinds = (at.markdown, at.caption, at.error, at.warning, at.info, at.subheader, at.get("html"))
+    return "\n".join(str(getattr(one, "value", None) or one.proto) for kind in kinds for one in kind)
+
+
+def address(at: AppTest) -> dict[str, str]:
+    return {name: value[0] if isinstance(value, list) else value for name, value in at.query_params.items()}
+
+
+def add_gene(at: AppTest, gene: str = GENE) -> AppTest:
+    return at.selectbox(key="gene").set_value(gene).run()
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_every_page_opens_without_an_error(settings: pytest.MonkeyPatch, path: str) -> None:
+    at = start()
+    if path != START:
+        at.switch_page(path).run()
+    assert not at.exception and not at.error
+    assert "predicts" not in texts(at)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_without_a_bundle_every_page_says_what_to_do(settings: pytest.MonkeyPatch, tmp_path: Path, path: str) -> None:
+    settings.setenv("GE2HIST_BUNDLE", str(tmp_path / "none"))
+    at = start()
+    if path != START:
+        at.switch_page(path).run()
+    assert not at.exception and not at.error
+    if path != "pages/about.py":
+        assert "No model bundle found" in texts(at)
+
+
+def test_a_broken_bundle_is_one_sentence(settings: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "bundle.json").write_text("{")
+    settings.setenv("GE2HIST_BUNDLE", str(tmp_path))
+    at = start()
+    assert not at.exception
+    assert len(at.error) == 1 and "damaged" in at.error[0].value
+
+
+def test_without_demo_cells_an_upload_is_asked_for(settings: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings.setenv("GE2HIST_CELLS", str(tmp_path / "none.h5ad"))
+    at = start()
+    assert not at.exception and "No cells yet" in texts(at)
+
+
+def test_edits_reach_the_address_and_can_be_undone(settings: pytest.MonkeyPatch) -> None:
+    at = add_gene(start())
+    assert address(at)["genes"] == GENE
+    at.slider(key=f"amount {GENE}").set_value(50).run()
+    assert address(at)["edit"] == f"{GENE}:x0.5"
+    at.toggle(key=f"ko {GENE}").set_value(True).run()
+    assert address(at)["edit"] == f"{GENE}:ko"
+    assert at.slider(key=f"amount {GENE}").disabled
+    at.button(key="undo").click().run()
+    assert address(at)["edit"] == f"{GENE}:x0.5" and at.slider(key=f"amount {GENE}").value == 50
+    at.button(key="redo").click().run()
+    assert address(at)["edit"] == f"{GENE}:ko"
+    at.button(key="reset").click().run()
+    assert "edit" not in address(at) and at.slider(key=f"amount {GENE}").value == 100
+
+
+def test_a_draft_is_a_pair_of_marked_pictures_and_its_numbers(settings: pytest.MonkeyPatch) -> None:
+    at = add_gene(start())
+    assert len(at.image) == 1
+    at.toggle(key=f"ko {GENE}").set_value(True).run()
+    assert not at.exception and not at.error
+    assert len(at.image) == 2
+    assert len(at.get("plotly_chart")) == 3
+    assert len(at.get("download_button")) == 4
+    assert "counts · bin" in texts(at)
+
+
+def test_the_address_alone_restores_everything(settings: pytest.MonkeyPatch, demo_cells: Cells) -> None:
+    at = add_gene(start(), "ACTB")
+    add_gene(at)
+    at.toggle(key=f"ko {GENE}").set_value(True).run()
+    other = start(address(at))
+    assert other.toggle(key=f"ko {GENE}").value
+    assert other.slider(key="amount ACTB").value == 100
+    assert address(other) == address(at)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"edit": "NOSUCHGENE:ko"}, "NOSUCHGENE"),
+        ({"edit": "GAPDH"}, "GENE"),
+        ({"cell": "no-such-cell"}, "no-such-cell"),
+        ({"seeds": "x"}, "seeds"),
+        ({"schema": "99"}, "schema"),
+        ({"data": "0" * 12}, "upload"),
+    ],
+)
+def test_a_bad_address_is_explained_and_the_demo_opens(
+    settings: pytest.MonkeyPatch, change: dict[str, str], says: str
+) -> None:
+    query = address(start()) | change
+    at = start(query)
+    assert not at.exception
+    assert len(at.warning) == 1 and says in at.warning[0].value.replace("\\", "")
+    assert len(at.image) == 1
+
+
+def test_two_tabs_do_not_mix(settings: pytest.MonkeyPatch) -> None:
+    one, two = add_gene(start()), add_gene(start())
+    one.toggle(key=f"ko {GENE}").set_value(True).run()
+    two.slider(key=f"amount {GENE}").set_value(200).run()
+    one.run()
+    assert address(one)["edit"] == f"{GENE}:ko" and address(two)["edit"] == f"{GENE}:x2"
+
+
+def test_a_full_run_is_done_by_the_worker_and_survives_the_tab(settings: pytest.MonkeyPatch) -> None:
+    at = start(address(start()) | {"seeds": "0-5", "steps": "2", "edit": f"{GENE}:ko"})
+    at.button(key="run").click().run()
+    recipe = at.session_state["experiment"].recipe
+    state = _ui.get_worker().wait(recipe.hash, timeout=TIMEOUT)
+    assert state is not None and state.status == "done", state
+    later = start(address(at))
+    assert not later.exception and not later.error
+    assert later.selectbox(key="seed of 6").value == 0
+    assert "Draft" not in texts(later)
+    later.switch_page("pages/report.py").run()
+    assert not later.exception and later.get("iframe")
+    assert address(later)["edit"] == f"{GENE}:ko"
+
+
+def test_changing_the_page_keeps_the_experiment(settings: pytest.MonkeyPatch) -> None:
+    at = add_gene(start())
+    at.toggle(key=f"ko {GENE}").set_value(True).run()
+    at.switch_page("pages/about.py").run()
+    at.query_params.clear()
+    at.switch_page("pages/explore.py").run()
+    assert at.toggle(key=f"ko {GENE}").value
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\x80abc", "not a text file"),
+        (b"{", "not JSON"),
+        (b'{"schema": 99}', "schema 99"),
+    ],
+)
+def test_a_bad_recipe_is_one_sentence(settings: pytest.MonkeyPatch, content: bytes, says: str) -> None:
+    at = start()
+    at.switch_page("pages/report.py").run()
+    at.file_uploader(key="recipe file").upload("recipe.json", content, "application/json").run()
+    assert not at.exception
+    assert len(at.error) == 1 and says in at.error[0].value.replace("\\", "")
+
+
+def test_a_saved_recipe_is_replayed(settings: pytest.MonkeyPatch) -> None:
+    at = start()
+    recipe = at.session_state["experiment"].recipe
+    wanted = json.loads(recipe.to_json()) | {
+        "seeds": [0, 1],
+        "perturbation": [{"gene": GENE, "kind": "ko", "amount": 0}],
+    }
+    at.switch_page("pages/report.py").run()
+    at.file_uploader(key="recipe file").upload("recipe.json", json.dumps(wanted).encode(), "application/json").run()
+    at.button(key="replay").click().run()
+    state = _ui.get_worker().wait(Recipe.from_json(json.dumps(wanted)).hash, timeout=TIMEOUT)
+    assert state is not None and state.status == "done"
+    assert address(at.run())["edit"] == f"{GENE}:ko"
+
+
+def test_an_upload_is_kept_by_its_hash_and_opened(
+    settings: pytest.MonkeyPatch, demo_cells: Cells, tmp_path: Path
+) -> None:
+    write_cells(demo_cells.take([7, 9]), tmp_path / "mine.h5ad")
+    at = start()
+    at.file_uploader(key="file 0").upload("mine.h5ad", (tmp_path / "mine.h5ad").read_bytes()).run()
+    assert not at.exception and not at.error
+    assert address(at)["cell"] == "cell-7"
+    assert start(address(at)).session_state["experiment"].path.name == "mine.h5ad"
+
+
+def test_a_bad_upload_is_one_sentence_and_nothing_is_lost(settings: pytest.MonkeyPatch) -> None:
+    at = add_gene(start())
+    at.toggle(key=f"ko {GENE}").set_value(True).run()
+    before = address(at)
+    at.file_uploader(key="file 0").upload("mine.h5ad", b"no hdf5").run()
+    assert not at.exception
+    assert len(at.error) == 1 and "not an .h5ad file" in at.error[0].value.replace("\\", "")
+    assert address(at) == before
+
+
+def test_undo_and_redo_walk_the_history() -> None:
+    recipe = Recipe("0" * 64, "1" * 64, ("c",))
+    one = Experiment(recipe, Path("x"))
+    first, second = Perturbation.parse("A:ko"), Perturbation.parse("A:ko,B:x2")
+    one.edit(first)
+    one.edit(second)
+    one.edit(second)
+    one.undo()
+    assert one.recipe.perturbation == first
+    one.undo()
+    one.undo()
+    assert not one.recipe.perturbation and one.genes == ("A", "B")
+    one.redo()
+    one.drop_gene("A")
+    assert not one.future and one.genes == ("B",) and not one.recipe.perturbation
