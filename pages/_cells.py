@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from ge2hist_core.types import BadInput
 from pages import _ui
 from pages._experiment import Experiment
 from perturb.colours import colour_of
@@ -46,12 +47,15 @@ def upload(model: GE2Hist) -> None:
     uploaded = st.file_uploader("Upload an .h5ad file (raw counts, up to 1 GB)", type="h5ad", key=f"file {turn}")
     if uploaded is None:
         return
-    with _ui.guard():
-        with st.spinner("Saving and reading the file"):
-            path = _ui.save_upload(uploaded)
+    st.session_state["upload turn"] = turn + 1
+    with st.spinner("Saving and reading the file"):
+        path = _ui.save_upload(uploaded)
+        try:
             _open_data(path, model)
-        st.session_state["upload turn"] = turn + 1
-        st.rerun()
+        except BadInput as error:
+            _ui.drop_upload(path)
+            st.session_state["message"] = str(error)
+    st.rerun()
 
 
 def _open_data(path: Any, model: GE2Hist) -> None:

@@ -10,7 +10,7 @@ import streamlit as st
 from ge2hist_core.types import BadInput
 from pages import _ui
 from pages._experiment import Experiment, with_edit
-from perturb.edits import MAX_FACTOR, Edit, Perturbation
+from perturb.edits import MAX_COUNT, MAX_FACTOR, Edit, Perturbation
 
 if TYPE_CHECKING:
     from perturb.profile import Profile
@@ -115,11 +115,11 @@ def _gene_card(experiment: Experiment, profile: Profile, gene: str, edits: dict[
             label_visibility="collapsed",
         )
     else:
-        st.session_state[f"set {gene}"] = int(edit.amount) if edit is not None and edit.kind == "set" else 0
+        st.session_state[f"set {gene}"] = round(edit.amount) if edit is not None and edit.kind == "set" else 0
         st.number_input(
             f"Set {gene} to this many counts",
             0,
-            1000,
+            int(MAX_COUNT),
             key=f"set {gene}",
             on_change=_ui.safely(_set_count),
             args=(experiment, gene),

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 POLL_S = 0.6
 PREVIEW_S = 0.15
 VIEWS = {"picture": "H&E", "nuclei": "Nuclei", "difference": "Difference"}
+LAST_SEED = 2**53 - 1
+"""The largest whole number that a browser keeps exactly."""
 SEED_CHOICES = (6, 8, 12, 16, 24, 32, 64)
 BLANK = "<div class='blank'>Move a gene, and the edited niche<br>is drawn here from the same noise.</div>"
 SOLVERS = {"dpm++": "DPM-Solver++ (fast)", "ddim": "DDIM", "ddpm": "DDPM (slow, 1000 steps)"}
@@ -55,7 +57,8 @@ def niche_panel(experiment: Experiment, source: H5adSource, model: GE2Hist, prof
 
 def _title(experiment: Experiment, profile: Profile) -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small", key="chips"):
-        st.markdown(f"#### Niche of {_ui.plain(profile.cell_id)}")
+        more = len(experiment.recipe.cell_ids) - 1
+        st.markdown(f"#### Niche of {_ui.plain(profile.cell_id)}{f' and {more} more' * bool(more)}")
         for edit in experiment.recipe.perturbation.edits:
             st.button(
                 _ui.plain(describe(edit)),
@@ -164,7 +167,8 @@ def _watch(recipe: Recipe) -> None:
         columns = st.columns(2, gap="small")
         progress = state.progress
         pictures = [] if progress is None or progress.preview is None else progress.preview()
-        for arm, picture, image in pictures:
+        # Several seeds are in work at once; the last of each arm is shown.
+        for arm, (picture, image) in {arm: (picture, image) for arm, picture, image in pictures}.items():
             with columns[arm == "edited"]:
                 st.image(_ui.enlarged(image), width="stretch")
                 st.caption(
@@ -218,13 +222,13 @@ def _settings(experiment: Experiment) -> None:
         "solver": recipe.sample.solver,
         "steps": recipe.sample.steps,
         "guidance": recipe.sample.guidance,
-        "first seed": recipe.seeds[0],
+        "first seed": min(recipe.seeds[0], LAST_SEED),
     }
     for name, value in values.items():
         st.session_state[name] = value
     change = {"on_change": _ui.safely(_set_sampling), "args": (experiment,)}
     st.selectbox("Seeds to compare", sorted({*SEED_CHOICES, len(recipe.seeds)}), key="n seeds", **change)
-    st.number_input("First seed", 0, 1_000_000, key="first seed", **change)
+    st.number_input("First seed", 0, LAST_SEED, key="first seed", **change)
     st.selectbox("Solver", list(SOLVERS), key="solver", format_func=SOLVERS.__getitem__, **change)
     st.number_input("Denoising steps", 1, 1000, key="steps", **change)
     st.number_input("Guidance", 0.0, 10.0, step=0.5, key="guidance", **change)

@@ -322,6 +322,11 @@ def save_upload(uploaded: Any) -> Path:
     return path
 
 
+def drop_upload(path: Path) -> None:
+    """Remove an uploaded file that cannot be used."""
+    shutil.rmtree(path.parent, ignore_errors=True)
+
+
 def _blocks(uploaded: Any) -> Iterator[bytes]:
     uploaded.seek(0)
     while block := uploaded.read(1 << 22):
@@ -360,6 +365,9 @@ def open_experiment(model: GE2Hist) -> tuple[Experiment, H5adSource] | None:
             known = _from_query(query, model)
         except BadInput as error:
             st.session_state["message"] = str(error)
+    if known is not None and not known.path.is_file():
+        st.session_state["message"] = f"{known.path.name} is no longer here: upload it again."
+        known = None
     if known is None:
         if not demo_cells().is_file():
             return None

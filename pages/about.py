@@ -41,8 +41,8 @@ SETTINGS = """
 
 LICENCES = """
 GE2Hist follows the paper *GE2Hist* (Cai et al., MICCAI 2025) with code of its own. The cell encoder has the
-architecture and file layout of scGPT (Cui et al. 2024, doi:10.1038/s41592-024-02201-0); that of the demo bundle was trained by this
-project. Colours: Okabe and Ito, Tol.
+architecture and file layout of scGPT (Cui et al. 2024, doi:10.1038/s41592-024-02201-0); that of the demo bundle was
+trained by this project. Colours: Okabe and Ito, Tol.
 """
 
 

@@ -23,11 +23,16 @@ from ge2hist_core.data import write_cells
 from ge2hist_core.types import Cells
 
 ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "ci-output"
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+PICTURES = Path(os.environ.get("GE2HIST_CI_OUTPUT", ROOT / "ci-output"))
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 PATIENCE_S = 300
 GENE = "GAPDH"
 

@@ -238,8 +238,9 @@ def test_a_bad_upload_is_one_sentence_and_nothing_is_lost(settings: pytest.Monke
     before = address(at)
     at.file_uploader(key="file 0").upload("mine.h5ad", b"no hdf5").run()
     assert not at.exception
-    assert len(at.error) == 1 and "not an .h5ad file" in at.error[0].value.replace("\\", "")
+    assert len(at.warning) == 1 and "not an .h5ad file" in at.warning[0].value.replace("\\", "")
     assert address(at) == before
+    assert not list((_ui.home() / "uploads").glob("*/*"))
 
 
 def test_undo_and_redo_walk_the_history() -> None:
