@@ -82,7 +82,7 @@ class DiskCache:
         if any(array.dtype.hasobject for array in arrays.values()):
             raise ValueError("arrays of Python objects are not stored")
         with atomic_path(self._path(key, ".npz")) as temporary:
-            np.savez_compressed(temporary, **arrays)
+            np.savez_compressed(temporary, allow_pickle=False, **arrays)
         self.prune()
 
     def load_json(self, key: str) -> Any:

@@ -1,7 +1,6 @@
-"""One colour per cell type, everywhere: Okabe and Ito's palette (jfly.uni-koeln.de/color), wine of Paul Tol's for the eighth.
+"""One colour per cell type, everywhere, chosen to stay apart for the colour-blind.
 
-The eight stay apart for the colour-blind.
-
+Okabe and Ito's palette (jfly.uni-koeln.de/color) and, as the eighth, wine of Paul Tol's (sronpersonalpages.nl/~pault).
 H&E shows the eight reader classes; the three lymphocyte types are shades of the lymphocyte's blue.
 """
 

@@ -209,8 +209,7 @@ def _check_schema(schema: object) -> None:
 
 
 def _first_repeated(values: tuple[Any, ...]) -> Any:
-    seen: set[Any] = set()
-    return next(value for value in values if value in seen or seen.add(value))
+    return next(value for i, value in enumerate(values) if value in values[:i])
 
 
 def _print_number(value: object) -> str:

@@ -33,8 +33,6 @@ FRAMES = 24
 PEERS = 500
 """Cells of each type that :func:`cells_for` adds for percentiles, at most."""
 
-ARMS = ("base", "edited")
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -81,8 +79,9 @@ def run(
     chosen = _choose(cells, recipe.cell_ids)
     edited_cells = recipe.perturbation.apply(chosen)
     states = {"base": (recipe.base, chosen), "edited": (recipe, edited_cells)}
-    arms = {name: load_arm(one, cache) for name, (one, _) in states.items()}
-    wanted = {name: states[name][1] for name in ARMS if arms[name] is None}
+    kept = {name: load_arm(one, cache) for name, (one, _) in states.items()}
+    arms = {name: arm for name, arm in kept.items() if arm is not None}
+    wanted = {name: states[name][1] for name in states if name not in arms}
     for name, arm in _draw(recipe, model, wanted, on_progress, cancel).items():
         arms[name] = arm
         if cache is not None:

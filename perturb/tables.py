@@ -97,7 +97,7 @@ def edit_table(
     """
     edited = perturbation.apply(chosen)
     known = dict(zip(chosen.genes, np.asarray(model.scgpt.match(chosen.genes).ids) >= 0, strict=True))
-    bins = [model.scgpt.bins(cells, seed).tocsr() if perturbation else None for cells in (chosen, edited)]
+    bins = [model.scgpt.bins(cells, seed) for cells in (chosen, edited)] if perturbation else []
     rows = []
     for c, cell_id in enumerate(chosen.cell_id):
         peers = None
@@ -107,7 +107,7 @@ def edit_table(
             column = np.flatnonzero(chosen.genes == gene)[0]
             before, after = float(chosen.counts[c, column]), float(edited.counts[c, column])
             levels = None
-            if peers is not None and len(peers) >= MIN_REFERENCE:
+            if reference is not None and peers is not None and len(peers) >= MIN_REFERENCE:
                 levels = reference.counts[peers][:, np.flatnonzero(reference.genes == gene)[0]].toarray()
             rows.append(
                 {

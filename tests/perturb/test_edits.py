@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ge2hist_core.types import BadInput, Cells
@@ -63,6 +63,7 @@ def test_set_expresses_a_silent_gene_and_a_factor_does_not() -> None:
     assert (factor.counts != cells.counts).nnz == 0
 
 
+@settings(max_examples=25)
 @given(st.lists(edits.map(lambda e: Edit("AB"[len(e.gene) % 2], e.kind, e.amount)), max_size=5))
 def test_counts_stay_finite_and_not_negative_and_knock_out_is_idempotent(chosen: list[Edit]) -> None:
     cells = toy([[0, 2, 7], [3, 0, 1]], ["A", "B", "C"])
@@ -74,6 +75,7 @@ def test_counts_stay_finite_and_not_negative_and_knock_out_is_idempotent(chosen:
     assert (once.counts != twice.counts).nnz == 0
 
 
+@settings(max_examples=25)
 @given(edits, edits)
 def test_edits_of_different_genes_commute(first: Edit, second: Edit) -> None:
     a, b = Edit("A", first.kind, first.amount), Edit("B", second.kind, second.amount)
