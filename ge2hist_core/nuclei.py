@@ -94,10 +94,8 @@ class ReaderNet(nn.Module):
         self.up1, self.merge1 = nn.Conv2d(c, b, 1), _block(b, b)
         self.up0, self.merge0 = nn.Conv2d(b, a, 1), _block(a, a)
         self.head = nn.Conv2d(a, 4 + n_classes, 1)
-        with torch.no_grad():
-            self.head.bias.zero_()
-            self.head.bias[0] = -4.0
-            self.head.bias[3] = float(np.log(40.0))
+        first_guess = [-4.0, 0.0, 0.0, float(np.log(40.0))] + [0.0] * n_classes
+        self.head.bias = nn.Parameter(torch.tensor(first_guess))
 
     def forward(self, x: Tensor) -> Tensor:
         fine = self.stem(x)
@@ -122,21 +120,21 @@ class LearnedReader:
     net: the network, in evaluation mode.
     classes: names of the types, in the order of the network's channels.
     threshold: least heat of a peak to count as a nucleus; calibrated so that counts are right on average.
-    class_bias: ``[type]`` added to the type logits; calibrated so that the composition is right on average.
+    class_bias: one number per class, added to its logit; calibrated so that the composition is right on average.
+        () means zeros.
     figures: measured on held-out donors, as JSON; {} for a reader that was not judged.
     """
 
     net: ReaderNet
     classes: tuple[str, ...] = READER_CLASSES
     threshold: float = 0.3
-    class_bias: np.ndarray | None = None
+    class_bias: tuple[float, ...] = ()
     figures: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.net.eval().to(memory_format=torch.channels_last)
-        bias = np.zeros(len(self.classes)) if self.class_bias is None else self.class_bias
-        self.class_bias = np.asarray(bias, dtype=np.float32)
-        if self.class_bias.shape != (len(self.classes),) or not 0.0 < self.threshold < 1.0:
+        self.net.eval()
+        self.class_bias = tuple(self.class_bias) or (0.0,) * len(self.classes)
+        if len(self.class_bias) != len(self.classes) or not 0.0 < self.threshold < 1.0:
             raise ValueError("class_bias must have one value per class and threshold lie between 0 and 1")
 
     def read(self, images: np.ndarray, um_per_px: float = UM_PER_PX) -> list[pd.DataFrame]:
@@ -187,7 +185,7 @@ class LearnedReader:
     def pick(self, xy_um: np.ndarray, area_um2: np.ndarray, logits: np.ndarray, heat: np.ndarray) -> pd.DataFrame:
         """The peaks of :meth:`peaks` that count as nuclei, with their types."""
         keep = heat >= self.threshold
-        names = np.asarray(self.classes, dtype=object)[(logits[keep] + self.class_bias).argmax(axis=1)]
+        names = np.asarray(self.classes, dtype=object)[(logits[keep] + np.array(self.class_bias)).argmax(axis=1)]
         return _table(xy_um[keep], area_um2[keep], names, heat[keep])
 
     def save(self, folder: str | Path) -> None:
@@ -202,7 +200,7 @@ class LearnedReader:
             "channels": [self.net.up0.out_channels, self.net.up1.out_channels, self.net.up1.in_channels],
             "um_per_px": UM_PER_PX,
             "threshold": self.threshold,
-            "class_bias": [float(value) for value in self.class_bias],
+            "class_bias": list(self.class_bias),
             "figures": self.figures,
         }
         write_json(folder / "reader.json", settings)
@@ -232,7 +230,9 @@ class LearnedReader:
             )
         except FileNotFoundError as error:
             raise BadInput(f"{error.filename or folder} is missing: choose a folder with a trained reader.") from None
-        except (SafetensorError, RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except BadInput:
+            raise
+        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise BadInput(f"The reader in {folder} is damaged ({reason}): copy or train it again.") from None
 
@@ -251,6 +251,16 @@ class ClassicalReader:
     3. Touching nuclei are split by watershed from the peaks of distance transform plus blurred density.
 
     ``cell_type`` is always "Nucleus"; ``probability`` is the mean contrast to the surroundings, squashed to [0, 1].
+
+    Measured on annotated H&E, F1 of centres within 6 um and of instances with IoU > 0.5:
+
+    - MoNuSeg (breast, colon), middle quarters of four images: 0.86 and 0.71; whole images 0.83 and 0.66, with 28 % too
+      many nuclei.
+    - CoNSeP (colon), one tile of each of 27 images: 0.70 and 0.35. Nuclei of crowded glands merge: a quarter to a third
+      are missing from the count.
+
+    Compare counts within one tissue and scanner only. ``pytest -s -k annotated tests/core/test_nuclei.py`` prints the
+    figures of the quarters and of the 27 tiles.
     """
 
     work_um_per_px: float = 0.25

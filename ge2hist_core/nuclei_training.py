@@ -14,10 +14,11 @@ that was not.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,9 +37,10 @@ from ge2hist_core.nuclei import LearnedReader, ReaderNet, confusion, detection_s
 from ge2hist_core.types import BadInput
 
 if TYPE_CHECKING:
+    from ge2hist_core.autoencoder import TileAutoencoder
     from ge2hist_core.store import TissueStore
 
-__all__ = ["ReaderConfig", "Step", "Tiles", "calibrate", "judge", "load_tiles", "train"]
+__all__ = ["ReaderConfig", "Step", "Tiles", "calibrate", "judge", "load_tiles", "reconstructed", "train"]
 
 CHECKPOINT = "reader-training.pt"
 STEP_UM = 2 * UM_PER_PX
@@ -178,7 +180,7 @@ def batch(tiles: Tiles, step: int, config: ReaderConfig) -> Batch:
         image = tiles.images[i]
         if draw.random() < BLANK:
             image, table = np.broadcast_to(np.uint8(np.quantile(image, 0.95, axis=(0, 1))), image.shape), table[:0]
-        image, xy = turned(image, table[["x_um", "y_um"]].to_numpy(), draw.integers(4), draw.random() < 0.5)
+        image, xy = turned(image, table[["x_um", "y_um"]].to_numpy(), int(draw.integers(4)), draw.random() < 0.5)
         row, column = (draw.integers((side - crop) // 2 + 1) * 2 for side in image.shape[:2])
         pictures.append(image[row : row + crop, column : column + crop])
         xy = xy - np.array([column, row]) * UM_PER_PX
@@ -226,7 +228,7 @@ def new_net(n_classes: int, seed: int) -> ReaderNet:
                 value.copy_(scale * rng.normal(seed, "reader-weights", tuple(value.shape), name))
             elif name.endswith("bias") and name != "head.bias":
                 value.zero_()
-    return net.to(memory_format=torch.channels_last)
+    return net
 
 
 def train(net: ReaderNet, tiles: Tiles, config: ReaderConfig, checkpoint: Path | None = None) -> Iterator[Step]:
@@ -242,7 +244,8 @@ def train(net: ReaderNet, tiles: Tiles, config: ReaderConfig, checkpoint: Path |
     BadInput: the checkpoint belongs to a run with other settings or other tiles, or cannot be read.
     """
     optimiser = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    origin = json.dumps([to_json(config), list(tiles.classes), len(tiles), int(tiles.images[0].sum())])
+    pictures = hashlib.blake2b(np.ascontiguousarray(tiles.images).data, digest_size=16).hexdigest()
+    origin = json.dumps([to_json(config), list(tiles.classes), pictures])
     first = 0
     if checkpoint is not None and checkpoint.exists():
         try:
@@ -303,7 +306,7 @@ def calibrate(reader: LearnedReader, tiles: Tiles) -> None:
     for _ in range(50):
         share = (np.bincount((logits + bias).argmax(axis=1), minlength=len(bias)) + 0.5) / len(logits)
         bias = np.clip(bias + 0.5 * np.log(true_share / share), -2.0, 2.0)
-    reader.class_bias = bias.astype(np.float32)
+    reader.class_bias = tuple(bias.tolist())
 
 
 def judge(reader: LearnedReader, tiles: Tiles) -> dict[str, Any]:
@@ -313,8 +316,8 @@ def judge(reader: LearnedReader, tiles: Tiles) -> dict[str, Any]:
     -------
     ``precision``, ``recall``, ``f1`` and ``count_bias`` (found / true - 1) over all nuclei matched within 6 um;
     ``f1_3um``; ``centre_error_um`` and ``area_bias`` (mean found / mean true - 1) of the matched; ``type_accuracy`` of
-    the matched; ``composition_kl_nats`` of found from true; ``count_sd`` of found - true per tile; ``confusion`` with
-    one row per true type; ``n_tiles``, ``n_nuclei``.
+    the matched; ``composition_kl_nats`` of found from true; ``count_sd`` of found - true per tile; ``confusion``: true
+    type -> found type -> matched nuclei; ``n_tiles``, ``n_nuclei``.
     """
     table = pd.DataFrame(0, index=pd.Index(tiles.classes), columns=pd.Index(tiles.classes))
     distances, areas, difference = [], [], []
@@ -347,9 +350,7 @@ def judge(reader: LearnedReader, tiles: Tiles) -> dict[str, Any]:
         "type_accuracy": float(np.trace(table.to_numpy()) / n_matched),
         "composition_kl_nats": composition_kl(true_count, found_count),
         "count_sd": float(np.std(difference)),
-        "confusion": {
-            true: {found: int(n) for found, n in row.items() if n} for true, row in table.to_dict("index").items()
-        },
+        "confusion": table.to_dict("index"),
         "n_tiles": len(tiles),
         "n_nuclei": n_true,
     }
@@ -376,12 +377,28 @@ def load_tiles(store: TissueStore, donors: Sequence[str], n: int, seed: int) -> 
     return Tiles(store.tiles(rows), [store.nuclei(row) for row in rows], classes)
 
 
+def reconstructed(tiles: Tiles, autoencoder: TileAutoencoder, every: int = 1) -> Tiles:
+    """The same tiles with every so-manyth picture as the autoencoder gives it back: sharpness of generated pictures."""
+    images = tiles.images.copy()
+    for start in range(0, len(images), 32 * every):
+        part = slice(start, start + 32 * every, every)
+        images[part] = autoencoder.decode(autoencoder.encode(images[part]))
+    return replace(tiles, images=images)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA.zarr", help="store written by `simulate`")
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder that gets reader.safetensors")
     parser.add_argument("--steps", type=int, default=ReaderConfig.steps)
+    parser.add_argument("--batch-size", type=int, default=ReaderConfig.batch_size)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiles", type=int, default=4000, help="training tiles kept in memory (50 kB each)")
+    parser.add_argument(
+        "--autoencoder",
+        type=Path,
+        metavar="BUNDLE",
+        help="also train and judge on tiles that its autoencoder gives back",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in BUNDLE, if there is one")
 
 
@@ -390,7 +407,7 @@ def main(args: argparse.Namespace) -> None:
 
     from ge2hist_core.store import TissueStore
 
-    config = ReaderConfig(steps=args.steps, seed=args.seed)
+    config = ReaderConfig(steps=args.steps, batch_size=args.batch_size, seed=args.seed)
     if args.tiles < 1:
         raise BadInput(f"--tiles is {args.tiles}: give at least 1.")
     store = TissueStore(args.data)
@@ -398,6 +415,12 @@ def main(args: argparse.Namespace) -> None:
     if not all(split.values()):
         raise BadInput(f"{args.data} has {len(store.donors)} donors: at least 3 are needed to train, tune and judge.")
     tiles = load_tiles(store, split["train"], args.tiles, args.seed)
+    autoencoder = None
+    if args.autoencoder:
+        from ge2hist_core.model import GE2Hist
+
+        autoencoder = GE2Hist.load(args.autoencoder).autoencoder
+        tiles = reconstructed(tiles, autoencoder, every=2)
     checkpoint = args.out / CHECKPOINT
     if not args.resume:
         checkpoint.unlink(missing_ok=True)
@@ -408,9 +431,12 @@ def main(args: argparse.Namespace) -> None:
             bar.set_postfix({name: f"{value:.3f}" for name, value in state.losses.items()}, refresh=False)
     reader = LearnedReader(net, tiles.classes)
     calibrate(reader, load_tiles(store, split["validation"], 500, args.seed))
-    reader.figures = judge(reader, load_tiles(store, split["test"], 500, args.seed))
+    test = load_tiles(store, split["test"], 500, args.seed)
+    reader.figures = judge(reader, test)
+    if autoencoder is not None:
+        reader.figures["reconstructed"] = judge(reader, reconstructed(test, autoencoder))
     reader.figures |= {"donors": split["test"], "data": store.path.name, "train": to_json(config)}
     reader.save(args.out)
     checkpoint.unlink(missing_ok=True)
-    print(json.dumps({name: value for name, value in reader.figures.items() if name != "confusion"}, indent=1))
-    print(pd.DataFrame(reader.figures["confusion"]).T.fillna(0).astype(int).to_string())
+    print(json.dumps({name: value for name, value in reader.figures.items() if not isinstance(value, dict)}, indent=1))
+    print(pd.DataFrame.from_dict(reader.figures["confusion"], orient="index").to_string())

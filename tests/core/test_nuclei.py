@@ -13,16 +13,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
-from skimage.draw import polygon
+from skimage.draw import disk, polygon
 
 from ge2hist_core import nuclei
 from ge2hist_core import nuclei_training as training
+from ge2hist_core.__main__ import COMMANDS, run_command
+from ge2hist_core.autoencoder import TileAutoencoder
+from ge2hist_core.config import READER_CLASSES, ModelConfig
 from ge2hist_core.nuclei import LearnedReader, classical_reader, confusion, detection_scores, match_detections
+from ge2hist_core.store import SectionRecord, write_store
 from ge2hist_core.types import NUCLEI_COLUMNS, BadInput
 from tests import oracles
 
@@ -293,6 +298,57 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     (tmp_path / "c.pt").write_bytes(b"half")
     with pytest.raises(BadInput, match="cannot be read"):
         next(training.train(training.new_net(2, 0), tiles, config, tmp_path / "c.pt"))
+
+
+def test_reconstructed_passes_every_second_picture_through_the_autoencoder():
+    config = ModelConfig(tile_px=32, latent_px=4, latent_channels=4, ae_channels=(16, 16))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        autoencoder = TileAutoencoder(config).eval()
+    tiles = planted(70, 32, seed=15)
+    got = training.reconstructed(tiles, autoencoder, every=2)
+    np.testing.assert_array_equal(got.images[1::2], tiles.images[1::2])
+    for i in (0, 2, 64, 68):
+        expected = autoencoder.decode(autoencoder.encode(tiles.images[i : i + 1]))[0].astype(int)
+        assert np.abs(got.images[i] - expected).max() <= 1  # rounding may differ between batch sizes
+    assert got.nuclei is tiles.nuclei
+
+
+def small_store(path, n_donors):
+    """Store of planted sections, written and read by the project's own store."""
+    size_px = 192
+    sections = []
+    for i in range(n_donors):
+        tiles = planted(1, size_px, seed=100 + i)
+        table = tiles.nuclei[0].assign(
+            cell_type=["Fibroblast" if t == CLASSES[0] else "B cell" for t in tiles.nuclei[0]["cell_type"]]
+        )
+        labels = np.zeros((size_px, size_px), np.int32)
+        for k, row in enumerate(table.itertuples(), start=1):
+            labels[disk((row.y_um * 2, row.x_um * 2), np.sqrt(row.area_um2 / np.pi) * 2, shape=labels.shape)] = k
+        counts = sp.csr_matrix(np.ones((len(table), 2), np.float32))
+        nuclei_table = table[["x_um", "y_um", "cell_type"]]
+        sections.append(SectionRecord(f"donor{i}", tiles.images[0], labels, nuclei_table, counts))
+    write_store(path, sections, ["CD3E", "ACTB"])
+
+
+def test_the_command_trains_judges_and_saves(tmp_path, capsys):
+    small_store(tmp_path / "tissue.zarr", 3)
+    command = ["train-reader", str(tmp_path / "tissue.zarr"), "--out", str(tmp_path / "bundle")]
+    command += ["--steps", "80", "--batch-size", "4", "--tiles", "20"]
+    assert run_command("ge2hist_core", "", COMMANDS, command) == 0
+    reader = LearnedReader.load(tmp_path / "bundle")
+    assert reader.figures["f1"] > 0.5 and len(reader.figures["donors"]) == 1
+    assert set(reader.figures["confusion"]) == set(READER_CLASSES)
+    assert "Lymphocyte" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "bundle").iterdir()) == ["reader.json", "reader.safetensors"]
+
+
+def test_too_few_donors_are_refused(tmp_path, capsys):
+    small_store(tmp_path / "tissue.zarr", 1)
+    command = ["train-reader", str(tmp_path / "tissue.zarr"), "--out", str(tmp_path / "bundle")]
+    assert run_command("ge2hist_core", "", COMMANDS, command) == 2
+    assert "has 1 donors: at least 3" in capsys.readouterr().err
 
 
 # --- Matching ---------------------------------------------------------------------------------------------------
