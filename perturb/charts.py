@@ -138,9 +138,9 @@ def spacing(readouts: pd.DataFrame, summary: pd.DataFrame, theme: str = "light")
             row=1,
             col=column,
         )
-        figure.update_yaxes(title_text=f"{label} nearest-neighbour distance ({unit})", row=1, col=column)
+        figure.update_yaxes(title_text=f"{label} ({unit})", row=1, col=column)
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=titles, range=[-0.4, 1.4])
-    return _finish(figure, theme, "Spacing")
+    return _finish(figure, theme, "Spacing: distance to the nearest nucleus")
 
 
 def effects(comparison: pd.DataFrame, theme: str = "light") -> go.Figure:
@@ -229,6 +229,7 @@ def _finish(figure: go.Figure, theme: str, title: str) -> go.Figure:
         margin={"l": 60, "r": 20, "t": 60, "b": 60},
         legend={"orientation": "h", "x": 1.0, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
         height=380,
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": look["muted"], "activecolor": look["ink"]},
     )
     figure.update_xaxes(gridcolor=look["grid"], automargin=True)
     figure.update_yaxes(gridcolor=look["grid"], automargin=True)

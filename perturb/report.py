@@ -132,9 +132,9 @@ def _environment() -> Environment:
 
 
 def _number(value: object) -> str:
-    """A table entry for people: four significant digits, "undefined" for NaN."""
+    """A table entry for people: four significant digits or whole, "undefined" for NaN."""
     if isinstance(value, float):
-        return "undefined" if value != value else f"{value:.4g}"
+        return "undefined" if value != value else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     return str(value)
 
 

@@ -65,8 +65,8 @@ def test_spacing_joins_the_pairs_of_a_seed(summary: pd.DataFrame) -> None:
     np.testing.assert_allclose(lines.y, [6, 7, np.nan, 8, 9, np.nan])
     assert list(means.y) == [7.0, 8.0]
     np.testing.assert_allclose(means.error_y.array, [0.5, 1.0])
-    assert figure.layout.yaxis.title.text == "Mean nearest-neighbour distance (µm)"
-    assert figure.layout.yaxis2.title.text == "Variance nearest-neighbour distance (µm²)"
+    assert figure.layout.yaxis.title.text == "Mean (µm)"
+    assert figure.layout.yaxis2.title.text == "Variance (µm²)"
 
 
 def test_effects_have_one_panel_per_unit_and_fill_what_passes_fdr() -> None:
