@@ -1,6 +1,6 @@
-"""``python -m ge2hist_core simulate | pretrain | embed | train | train-reader | evaluate | ...``: the engine from the command line.
+"""``python -m ge2hist_core COMMAND``: the engine from the command line.
 
-Each command is a module with ``add_arguments(parser)`` and ``main(args)``; modules are imported when their command runs.
+Each command is a module with ``add_arguments(parser)`` and ``main(args)``, imported when its command runs.
 """
 
 from __future__ import annotations

@@ -73,9 +73,9 @@ class ModelConfig:
 class TrainConfig:
     """How the parts are trained. ``beta`` and ``gamma`` are the paper's, equation (9).
 
-    ``reconstruction`` weighs the embedding error kept in the main training, ``latent_noise`` is the noise on the autoencoder's
-    latents in their standard deviations, ``latent_variants`` how many of a tile's eight rotations and reflections are encoded,
-    ``cells_per_donor`` how many cells of a donor are used at the most.
+    ``reconstruction`` weighs the embedding error kept in the main training, ``latent_noise`` is the noise on the
+    autoencoder's latents in their standard deviations, ``latent_variants`` how many of a tile's eight rotations and
+    reflections are encoded, ``cells_per_donor`` how many cells of a donor are used at the most.
     """
 
     steps: int = 20000

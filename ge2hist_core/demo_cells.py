@@ -1,4 +1,4 @@
-"""``python -m ge2hist_core demo-cells DATA.zarr --bundle BUNDLE --out CELLS.h5ad``: example cells the bundle has never seen.
+"""``python -m ge2hist_core demo-cells DATA.zarr --bundle BUNDLE --out CELLS.h5ad``: cells the bundle has never seen.
 
 As many cells of each type as possible are drawn from held-out donors whose whole niche lies inside the section. Their
 truth comes along as columns of ``obs``: the six programmes and the niche's true density, spacing and composition.

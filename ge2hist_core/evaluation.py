@@ -1,4 +1,6 @@
-"""``python -m ge2hist_core evaluate BUNDLE DATA.zarr --out DIR``: generated against real tiles of the same held-out cells.
+"""``python -m ge2hist_core evaluate BUNDLE DATA.zarr --out DIR``: generated against real tiles of the same cells.
+
+The cells come from donors that the bundle has not learned from.
 
 Both kinds of tile go through the bundle's own nuclei reader, which sees pixels only. Every figure stands between a
 floor (real tiles of other cells of the same types and donors) and a ceiling (the conditions of the cells exchanged at
@@ -42,7 +44,7 @@ EDIT_FACTORS = {"down": 0.0, "up": 4.0}
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """What was read from one tile of each of several cells: ``stats [cell]``, ``central [cell]`` central cell's type."""
+    """What was read from one tile of each of several cells: ``stats [cell]``, ``central [cell]`` type of the cell."""
 
     stats: Sequence[NicheStats]
     central: np.ndarray

@@ -60,7 +60,8 @@ def _what(training: Mapping[str, Any]) -> str:
     )
     return (
         "# Model card: GE2Hist bundle\n\n"
-        f"Conditional diffusion model of the H&E niche (64 um) around a cell, given the cell's expression. Trained on {data}. "
+        "Conditional diffusion model of the H&E niche (64 um) around a cell, given the cell's expression. "
+        f"Trained on {data}. "
         "It shows what its training tissue looked like around cells of such expression. It is not diagnostic, and an "
         "edited cell's picture is the model's conditional, not a forecast of an experiment."
     )
@@ -84,7 +85,8 @@ def _made(training: Mapping[str, Any], pretraining: Mapping[str, Any], reader: M
     lines.append(f"python -m ge2hist_core train DATA.zarr --scgpt SCGPT --out BUNDLE --seed {seed}")
     if reader:
         lines.append("python -m ge2hist_core train-reader DATA.zarr --out BUNDLE")
-    lines += ["python -m ge2hist_core evaluate BUNDLE DATA.zarr --out BUNDLE", "python -m ge2hist_core card BUNDLE", "```"]
+    lines.append("python -m ge2hist_core evaluate BUNDLE DATA.zarr --out BUNDLE")
+    lines += ["python -m ge2hist_core card BUNDLE", "```"]
     cells = training.get("cells", {})
     lines += [
         "",
@@ -106,8 +108,8 @@ def _separation(training: Mapping[str, Any]) -> str:
         "",
         "| | z_c | z_e |",
         "|---|---|---|",
-        f"| balanced accuracy of a linear probe of the type (chance {s['chance']:.2f}) | {s['type_accuracy_z_c']:.3f} | "
-        f"{s['type_accuracy_z_e']:.3f} |",
+        f"| balanced accuracy of a linear probe of the type (chance {s['chance']:.2f}) | {s['type_accuracy_z_c']:.3f} "
+        f"| {s['type_accuracy_z_e']:.3f} |",
         f"| active units | {s['active_units_z_c']} | {s['active_units_z_e']} |",
     ]
     for name, value in s.get("r2_z_c", {}).items():
@@ -124,8 +126,9 @@ def _reader(reader: Mapping[str, Any]) -> str:
     if not reader:
         return ""
     figures = {k: v for k, v in reader.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    rows = ["## Nuclei reader", "", "On held-out donors (`train-reader` writes these into reader.json).", "", "| figure | value |"]
-    return "\n".join([*rows, "|---|---|", *(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in figures.items())])
+    rows = ["## Nuclei reader", "", "On held-out donors (`train-reader` writes these into reader.json).", ""]
+    rows += ["| figure | value |", "|---|---|"]
+    return "\n".join([*rows, *(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in figures.items())])
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> str:
@@ -145,7 +148,8 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
         f"{evaluation['sample']['steps']} steps, seed {evaluation['seed']}). Intervals: 95 % bootstrap over cells. "
         "The last three columns are means of absolute figures over the types of the central cell.",
         "",
-        "| compared with the real tile | n | density | composition KL (nats) | nearest neighbour (um) | by type: density | KL | um |",
+        "| compared with the real tile | n | density | composition KL (nats) | nearest neighbour (um) "
+        "| by type: density | KL | um |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for key, name in names.items():
@@ -156,17 +160,20 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
         )
         rows.append(
             f"| {name} | {c['n']} | {d['value']:+.1%} [{d['low']:+.1%}, {d['high']:+.1%}] | {kl['value']:.4f} "
-            f"[{kl['low']:.4f}, {kl['high']:.4f}] | {um['value']:+.2f} [{um['low']:+.2f}, {um['high']:+.2f}] | {by_type} |"
+            f"[{kl['low']:.4f}, {kl['high']:.4f}] | {um['value']:+.2f} [{um['low']:+.2f}, {um['high']:+.2f}] "
+            f"| {by_type} |"
         )
-    rows += ["", f"Type classifier: {evaluation['classifier']['accuracy']:.4f} of {evaluation['classifier']['n']:,} cells."]
+    classifier = evaluation["classifier"]
+    rows += ["", f"Type classifier: {classifier['accuracy']:.4f} of {classifier['n']:,} cells."]
     effects = evaluation.get("driver_programmes")
     if effects:
         rows += [
             "",
             "## Edits of driver programmes against the truth",
             "",
-            f"All drivers of a programme knocked out or multiplied by 4 ({effects['n_cells']} cells). The readout is the one whose "
-            f"true change is largest against the standard error between tiles. Sign right: {effects['signs_right']} of "
+            f"All drivers of a programme knocked out or multiplied by 4 ({effects['n_cells']} cells). The readout is "
+            "the one whose true change is largest against the standard error between tiles. "
+            f"Sign right: {effects['signs_right']} of "
             f"{effects['edits_exceeding_noise']} edits whose true change exceeds two standard errors "
             f"({effects['clear_signs_right']} of {effects['clear_readouts']} of all such readouts).",
             "",
@@ -185,9 +192,9 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
 
 _LIMITS = """## Limits
 
-- Trained on simulated tissue: it knows the simulator's ten cell types, 677 genes and stains, nothing else. Real cells can be put through it; how
-  far outside its experience they lie is said beside every picture.
-- The model learned from observation. A reporter gene (an effect of the environment) moves the picture like a cause; in the
-  known-truth tissue its true effect is none.
+- Trained on simulated tissue: it knows the simulator's ten cell types, 677 genes and stains, nothing else. Real cells
+  can be put through it; how far outside its experience they lie is said beside every picture.
+- The model learned from observation. A reporter gene (an effect of the environment) moves the picture like a cause; in
+  the known-truth tissue its true effect is none.
 - CD4 T, CD8 T and B cells look alike in H&E; the reader counts them together.
 - Intervals over seeds describe the model's own spread, not biological replication."""

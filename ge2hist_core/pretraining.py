@@ -7,12 +7,18 @@ expressed, 1..50 = rank within the cell), as mean squared errors:
 - GEPC (called MVC in the code of its authors): the output at ``<cls>`` alone predicts, by an inner product with a query
   made from a gene's embedding, the bin of that gene. This is what makes ``<cls>`` describe the cell.
 
-Four choices differ from the published training. GEPC errors are measured along the leading principal components of the
-training cells' bins, each in units of its own standard deviation, not gene by gene: so the dozen genes of a niche
-programme count as much as the hundreds that mark a cell type, and are learned in minutes, not hours. GEPC asks for every gene, expressed or not, because with few
-counts per cell most of what is known is *which* genes are on. Where a value may fall into several bins because many
-genes share it, the target is their mean (the same minimum, less noise); the input stays a random one. Attention
-weights have no dropout, which keeps the fast attention kernel in use.
+What differs from the published training, all of it because minutes on a CPU stand in for days on GPUs:
+
+- GEPC errors are measured along the leading principal components of the training cells' bins, each in units of its own
+  standard deviation, not gene by gene: the dozen genes of a niche programme count as much as the hundreds that mark a
+  cell type. All genes are asked for, expressed or not: with few counts per cell, most of what is known is *which* genes
+  are on.
+- Where a value may fall into several bins because many genes share it, the target is their mean (the same minimum, less
+  noise); the input stays a random one.
+- The start is made from the data, see :meth:`Pretrainer.start_from_data`, and there is no dropout, whose noise at
+  ``<cls>`` would exceed the differences between cells for thousands of steps.
+- The run is short on purpose. Cell type is readable from ``<cls>`` at once, and with more steps at this scale ``<cls>``
+  specialises on it: what a linear probe reads of the niche programmes falls again after a few hundred steps.
 
 ``python -m ge2hist_core pretrain DATA.zarr --out DIR`` trains on the store's training donors and writes ``args.json``,
 ``vocab.json``, ``best_model.pt`` (read by :class:`ge2hist_core.embedding.ScGPT` and by the ``scgpt`` package) and
@@ -142,8 +148,8 @@ class Pretrainer(Encoder):
 
         - Value encoder: Torch's default puts all kinks near bin 0; beyond, its LayerNorm hides the bin's size. They are
           spread over the bins instead.
-        - Gene embedding: the gene's loadings on the principal components (``axes``, see :func:`_axes`), turned at random
-          into the whole width, on top of the random start: genes of one programme start near each other.
+        - Gene embedding: the gene's loadings on the principal components (``axes``, see :func:`_axes`), turned at
+          random into the whole width, on top of the random start: genes of one programme start near each other.
         - Attention: the output at ``<cls>`` is nearly the same for all cells. Its mean over a batch is taken off by the
           bias and its spread scaled to 1 (data-dependent, as Mishkin and Matas 2016, arXiv 1511.06422).
         """
@@ -163,7 +169,7 @@ class Pretrainer(Encoder):
             x = layer(x, x, batch.attend)
 
     def losses(self, batch: Batch, axes: Tensor) -> tuple[Tensor, Tensor]:
-        """GEP loss, a mean over masked values in units of (50 bins)^2, and GEPC loss, a mean over ``axes`` (see :func:`_axes`)."""
+        """GEP loss, a mean over masked values in (50 bins)^2, and GEPC loss, a mean over ``axes`` (:func:`_axes`)."""
         x = self.encoder(batch.ids) + self.value_encoder(batch.values)
         x = self(x, batch.attend)
         masked = batch.values == MASK_VALUE

@@ -187,7 +187,7 @@ class NicheStats:
     area_mm2: float
 
     def readouts(self) -> dict[str, float]:
-        """Flat ``name -> value``: ``density``, ``spacing``, ``spacing_var``, ``density:<type>``, ``fraction:<type>``."""
+        """``name -> value``: ``density``, ``spacing``, ``spacing_var``, ``density:<type>``, ``fraction:<type>``."""
         out = {"density": self.density_per_mm2, "spacing": self.spacing_um, "spacing_var": self.spacing_var_um2}
         for name, row in self.per_type.iterrows():
             out[f"density:{name}"] = float(row["density_per_mm2"])

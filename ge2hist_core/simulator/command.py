@@ -20,8 +20,8 @@ def section_record(seed: int, donor: int, size_um: float) -> SectionRecord:
     import numpy as np
 
     from ge2hist_core.simulator.expression import draw_counts, load_genes
-    from ge2hist_core.simulator.rendering import render
     from ge2hist_core.simulator.programmes import PROGRAMMES
+    from ge2hist_core.simulator.rendering import render
     from ge2hist_core.simulator.tissue import simulate_section
     from ge2hist_core.store import SectionRecord
 

@@ -240,8 +240,7 @@ def _place_nuclei(
         xy = rng.random((count, 2)) * size_um
         mark, priority = rng.random(count), rng.random(count)
         log_fold = sum(
-            strength * np.clip(fields[programme], -3.5, 3.5)
-            for programme, strength in effects.LOG_FOLD[name].items()
+            strength * np.clip(fields[programme], -3.5, 3.5) for programme, strength in effects.LOG_FOLD[name].items()
         )
         intensity = np.exp(log_fold) * sum(value * compartments[place] for place, value in base.items())
         kept = mark < _at(intensity, xy) / CANDIDATES_PER_MM2

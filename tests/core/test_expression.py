@@ -53,7 +53,7 @@ def section(n: int = 600, **changes) -> FlatSection:
     flat = np.zeros((int(SIZE_UM / GRID_UM),) * 2)
     base = FlatSection(
         nuclei,
-        {name: flat for name in PROGRAMMES},
+        dict.fromkeys(PROGRAMMES, flat),
         {GENES.symbols[g]: flat for g in GENES.rows("driver")},
     )
     return replace(base, **changes)
