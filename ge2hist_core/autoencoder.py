@@ -52,6 +52,9 @@ class _ResidualBlock(nn.Module):
 class TileAutoencoder(nn.Module):
     """Encoder, decoder and the channel statistics of the latents."""
 
+    latent_mean: Tensor
+    latent_std: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.tile_px != 2 * _FOLD * config.latent_px:
@@ -94,7 +97,7 @@ class TileAutoencoder(nn.Module):
 
     @torch.inference_mode()
     def encode(self, tiles: np.ndarray) -> Tensor:
-        """uint8 ``[n, tile_px, tile_px, 3]`` -> float32 ``[n, channel, latent_px, latent_px]``, unit variance per channel."""
+        """uint8 ``[n, tile_px, tile_px, 3]`` -> float32 ``[n, channel, latent_px, latent_px]`` of unit variance."""
         pixels = from_uint8(tiles).to(self.latent_mean.device)
         return (self.encoder(pixels) - self.latent_mean) / self.latent_std
 
@@ -117,7 +120,7 @@ class TileAutoencoder(nn.Module):
 
 
 def autoencoder_loss(reconstruction: Tensor, pixels: Tensor) -> dict[str, Tensor]:
-    """Terms by name: ``l1`` and ``gradient`` (L1 of neighbouring differences in x and y), both in [-1, 1] pixel units."""
+    """Terms by name: ``l1`` and ``gradient`` (L1 of neighbouring differences in x and y); pixels run from -1 to 1."""
     error = reconstruction.float() - pixels
     return {
         "l1": error.abs().mean(),

@@ -1,9 +1,9 @@
 """Conditional U-Net of the diffusion model: ``(x_t, t, z_s) -> v``.
 
 The network is diffusers' ``UNet2DConditionModel`` on latents. ``z_s`` reaches it twice: as tokens for cross-attention
-(half of them made of ``z_c``, half of ``z_e``), as in the paper, and added to the time embedding, which scales and shifts every
-residual block. The second way is worth a few thousand steps at this size: it acts at every position from the first
-step on, while attention must first learn where to look.
+(half of them made of ``z_c``, half of ``z_e``), as in the paper, and added to the time embedding, which scales and
+shifts every residual block. The second way acts at every position from the first step on, while attention must first
+learn where to look.
 
 It predicts ``v = alpha eps - sigma x_0`` (Salimans and Ho 2022, arXiv 2202.00512). With a cosine schedule the last
 step is pure noise, where the paper's eps carries no information about ``x_0``; v does, and
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class ConditionTokens(nn.Module):
         return nn.Sequential(nn.Linear(inputs, 2 * self.dim), nn.SiLU(), nn.Linear(2 * self.dim, tokens * self.dim))
 
     def forward(self, z_s: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``z_s [n, d_c + d_e]``, ``drop`` bool ``[n]`` -> tokens ``[n, token, condition_dim]``, vector ``[n, d_c + d_e]``."""
+        """``z_s [n, d_z]``, ``drop`` bool ``[n]`` -> tokens ``[n, token, condition_dim]``, vector ``[n, d_z]``."""
         parts = (self.type_tokens(z_s[:, : self.d_c]), self.niche_tokens(z_s[:, self.d_c :]))
         tokens = torch.cat([part.unflatten(1, (-1, self.dim)) for part in parts], dim=1)
         if drop is None:
@@ -71,7 +72,7 @@ def _unet(config: ModelConfig) -> nn.Module:
         up_block_types=tuple("CrossAttnUpBlock2D" if c else "UpBlock2D" for c in reversed(cross)),
         block_out_channels=channels,
         layers_per_block=config.layers_per_block,
-        norm_num_groups=min(32, min(channels)),
+        norm_num_groups=math.gcd(32, *channels),
         cross_attention_dim=config.condition_dim,
         attention_head_dim=config.attention_heads,  # diffusers reads this as the number of heads
         time_embedding_dim=config.time_embedding_dim,
@@ -100,14 +101,27 @@ class Denoiser(nn.Module):
         tokens, vector = self.tokens(z_s, drop)
         return self.unet(x_t, t, encoder_hidden_states=tokens, class_labels=vector, return_dict=False)[0]
 
+    @torch.no_grad()
+    def round_to_half(self) -> None:
+        """Round the U-Net's weights to what float16 holds, about three digits; computing stays float32."""
+        for parameter in self.unet.parameters():
+            parameter.copy_(parameter.half().float())
+
     def save(self, folder: Path) -> None:
-        """Write ``unet/`` as diffusers does and ``condition.safetensors`` beside its weights."""
+        """Write ``unet/`` as diffusers does and ``condition.safetensors`` beside its weights.
+
+        Weights that float16 holds exactly (see :meth:`round_to_half`) are stored in it: half the size, the same bits.
+        """
         from safetensors.torch import save_file
 
         with atomic_folder(folder) as temporary:
             # safetensors writes contiguous tensors only; the copy leaves the memory layout of the one in use alone.
-            copy.deepcopy(self.unet).to(memory_format=torch.contiguous_format).save_pretrained(temporary)
-            save_file({k: v.contiguous() for k, v in self.tokens.state_dict().items()}, temporary / "condition.safetensors")
+            unet: Any = copy.deepcopy(self.unet)
+            if all(torch.equal(p, p.half().float()) for p in unet.parameters()):
+                unet = unet.half()
+            unet.to(memory_format=torch.contiguous_format).save_pretrained(temporary)
+            tokens = {name: value.contiguous() for name, value in self.tokens.state_dict().items()}
+            save_file(tokens, temporary / "condition.safetensors")
 
     @classmethod
     def load(cls, folder: Path, config: ModelConfig) -> Denoiser:

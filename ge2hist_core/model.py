@@ -1,14 +1,14 @@
 """GE2Hist: the trained parts together, from expression to picture, and the folder ("bundle") that holds them.
 
-Bundle: ``bundle.json`` (format, sizes, versions, report of the training), ``scgpt/`` (official layout), ``vae.safetensors``,
-``autoencoder.safetensors``, ``unet/`` and ``scheduler/`` (diffusers), ``mixture.safetensors``, ``support.safetensors``, and, once
-trained, the nuclei reader. Nothing in it is executed on loading.
+Bundle: ``bundle.json`` (format, sizes, versions, report of the training), ``scgpt/`` (official layout),
+``vae.safetensors``, ``autoencoder.safetensors``, ``unet/`` and ``scheduler/`` (diffusers), ``mixture.safetensors``,
+``support.safetensors``, and, once trained, the nuclei reader. Nothing in it is executed on loading.
 
-Same picture in any batch. Convolutions and matrix products on a CPU choose their algorithm, and with it the order of summation, by
-batch size: the network's outputs differ by about 2e-6 between sizes 1, 2, 4, 8 (within one size, neither a picture's
-position nor its neighbours matter). Pictures are therefore always drawn in chunks of exactly ``CHUNK``, the last one padded with
-copies. Four is the size at which a picture costs least, about 60 % of its cost in a chunk of two, while a single pair in
-it costs only a fifth more than in a chunk of its own.
+Same picture in any batch. Convolutions and matrix products on a CPU choose their algorithm, and with it the order of
+summation, by batch size: the network's outputs differ by about 2e-6 between sizes 1, 2, 4, 8 (within one size,
+neither a picture's position nor its neighbours matter). Pictures are therefore always drawn in chunks of exactly
+``CHUNK``, the last one padded with copies. Four is the size at which a picture costs least, about 60 % of its cost in
+a chunk of two, while a single pair in it costs only a fifth more than in a chunk of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,14 @@ FORMAT = 1
 CHUNK = 4
 
 _ENCODER_FILES = ("args.json", "vocab.json", "best_model.pt")
-_HASHED = ("bundle.json", "*.safetensors", "reader.json", *(f"scgpt/{name}" for name in _ENCODER_FILES), "unet/*", "scheduler/*")
+_HASHED = (
+    "bundle.json",
+    "*.safetensors",
+    "reader.json",
+    *(f"scgpt/{name}" for name in _ENCODER_FILES),
+    "unet/*",
+    "scheduler/*",
+)
 """Files that can change a result, and so make up the bundle's hash."""
 
 
@@ -102,9 +109,9 @@ class GE2Hist:
                 f"The encoder gives {self.scgpt.dim} numbers per cell, the model expects {self.config.embedding_dim}: "
                 "use the encoder that the model was trained with."
             )
+        part: Any  # the stubs of Module.to do not know memory_format
         for part in (self.encoder, self.autoencoder, self.denoiser):
-            # channels-last: about a tenth faster, and the sums do not depend on the number of threads as often.
-            part.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+            part.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # about a tenth faster
 
     @classmethod
     def untrained(cls, config: ModelConfig, scgpt_folder: str | Path, seed: int = 0) -> GE2Hist:
@@ -122,7 +129,7 @@ class GE2Hist:
         return self.config.cell_types
 
     def has_learned_from(self, store: TissueStore) -> set[str]:
-        """Donors of a store that this model was trained or validated on: in the same store, or simulated from the same numbers."""
+        """Donors that this model was trained or validated on: of the same store, or simulated from the same numbers."""
         report = self.report or {}
         split = report.get("donors", {})
         known = {*split.get("train", ()), *split.get("validation", ())}
@@ -185,8 +192,8 @@ class GE2Hist:
 
         Parameters
         ----------
-        latent: ``[picture]`` states. seeds: ``[picture]``; x_T and step noise of picture i come from ``seeds[i]`` alone, so
-            equal seeds share all noise and a picture is the same in a batch of any size.
+        latent: ``[picture]`` states. seeds: ``[picture]``; x_T and step noise of picture i come from ``seeds[i]``
+            alone, so equal seeds share all noise and a picture is the same in a batch of any size.
         on_step: see :data:`OnPicture`; True stops by raising :class:`ge2hist_core.sampler.Stopped`.
 
         Returns
@@ -219,7 +226,7 @@ class GE2Hist:
                 draw("x_T"),
                 torch.from_numpy(latent.z_s[padded]),
                 config,
-                step_noise=lambda i, draw=draw: draw("step", i),
+                step_noise=partial(draw, "step"),
                 on_step=report if on_step else None,
                 train_timesteps=self.config.train_timesteps,
             )

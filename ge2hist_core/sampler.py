@@ -1,18 +1,19 @@
 """From noise to a clean latent: DDPM, DDIM and second-order DPM-Solver++ as plain steps.
 
-Forward process (4): ``x_t = alpha_t x_0 + sigma_t eps`` with ``alpha_t^2 = alphabar_t = 1 - sigma_t^2`` and the cosine schedule of
-Nichol and Dhariwal 2021 (arXiv 2102.09672), T = 1000. The network predicts ``v``, hence
+Forward process (4): ``x_t = alpha_t x_0 + sigma_t eps`` with ``alpha_t^2 = alphabar_t = 1 - sigma_t^2`` and the
+cosine schedule of Nichol and Dhariwal 2021 (arXiv 2102.09672), T = 1000. The network predicts ``v``, hence
 ``x_0 = alpha_t x_t - sigma_t v`` and ``eps = sigma_t x_t + alpha_t v``. Going from time t to an earlier time s:
 
 - ``ddim`` (Song et al. 2021, arXiv 2010.02502, eta = 0): ``x_s = alpha_s x_0 + sigma_s eps``;
-- ``dpm++`` (Lu et al. 2022, arXiv 2211.01095, algorithm 2, two-step): the same with ``x_0`` extrapolated from the last two
-  estimates in ``lambda = log(alpha / sigma)``; first and last step are of first order;
+- ``dpm++`` (Lu et al. 2022, arXiv 2211.01095, algorithm 2, two-step): the same with ``x_0`` extrapolated from the
+  last two estimates in ``lambda = log(alpha / sigma)``; first and last step are of first order;
 - ``ddpm`` (5)-(7): ``x_s ~ N(mu, Sigma)`` with ``a = alphabar_t / alphabar_s``. The paper's (7) prints
   ``mu = (x_t - sqrt(1 - a) eps) / sqrt(a)``, a misprint; Ho et al. 2020 (arXiv 2006.11239, eq. 11) has
   ``mu = (x_t - (1 - a) / sqrt(1 - alphabar_t) eps) / sqrt(a)``, which is used here.
 
-Step coefficients are Python floats worked out once in double precision, so a step costs a few multiply-adds beside the network.
-Few steps are part of the meaning of a picture: with an exact denoiser DDIM spreads too little at 5-20 steps.
+Step coefficients are Python floats worked out once in double precision, so a step costs a few multiply-adds beside
+the network. Few steps are part of the meaning of a picture: with an exact denoiser DDIM spreads too little at 5-20
+steps.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Net = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(x_t [n, ...], t int64 scalar tensor, condition [n, ...]) -> v [n, ...]``."""
 
 OnStep = Callable[[int, int, Tensor], "bool | None"]
-"""``(i, n, x0_hat)``: step i of n (from 1) is done, ``x0_hat`` is the current estimate of the clean latent. True stops."""
+"""``(i, n, x0_hat)``: step i of n (from 1) is done, ``x0_hat`` is the estimate of the clean latent. True stops."""
 
 
 class Stopped(Exception):

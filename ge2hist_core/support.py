@@ -54,8 +54,8 @@ class Support:
     def p(self, embedding: np.ndarray) -> np.ndarray:
         """Conformal p-value ``[cell]``: ``(1 + #{calibration >= distance}) / (1 + n)``.
 
-        For a cell drawn as the calibration cells were, ``P(p <= a) <= a``. Small means: unlike anything seen in training.
-        (Vovk, Gammerman and Shafer 2005.)
+        For a cell drawn as the calibration cells were, ``P(p <= a) <= a``. Small means: unlike anything seen in
+        training. (Vovk, Gammerman and Shafer 2005.)
         """
         n = len(self.calibration)
         larger = n - np.searchsorted(self.calibration, self.distance(embedding), side="left")

@@ -4,22 +4,25 @@ Stages, each resumable, with their work in ``BUNDLE/.work``:
 
 1. ``autoencoder``: tile <-> latent;
 2. ``latents``: the training tiles in several rotations and reflections as float16 latents;
-3. ``embeddings``: scGPT embedding of the cells; the stages before do without the encoder, so it may be exchanged after them;
+3. ``embeddings``: scGPT embedding of the cells; the stages before do without the encoder, so it may be exchanged
+   after them;
 4. ``vae``: both VAEs by themselves, no separation yet;
-5. ``main``: VAEs, classifier and U-Net together, (9) ``L = L_CDM + beta L_cls + gamma L_KL`` and the two small terms that
-   :mod:`ge2hist_core.vae` explains;
+5. ``main``: VAEs, classifier and U-Net together, (9) ``L = L_CDM + beta L_cls + gamma L_KL`` and the two small terms
+   that :mod:`ge2hist_core.vae` explains;
 6. mixture of z_c, support, report, and the bundle written.
 
-Every draw comes from a stream named by stage and step and the state of a stage is one checkpoint, so that a run killed at
-any moment and resumed ends in the weights of an uninterrupted one (same machine, same number of threads and processes).
+Every draw comes from a stream named by stage and step and the state of a stage is one checkpoint, so that a run
+killed at any moment and resumed ends in the weights of an uninterrupted one (same machine, same number of threads and
+processes).
 
 Choices
-- Cells are drawn with probability ~ 1 / sqrt(frequency of their type): a type of 1 % is seen as often as one of 10 % otherwise would at
-  a third of its share, while common types still give most of the pictures.
-- The loss on v is not re-weighted. Min-SNR (Hang et al. 2023) would lower the weight of the noisiest times, where the layout, that is density
-  and composition, is decided and the condition matters most.
-- Times are stratified over the batch (Kingma et al. 2021, arXiv 2107.00630, appendix I.1): less noise in the loss for nothing.
-- Learning rate: linear warm-up, constant, last fifth linear to 0 (Haegele et al. 2024, arXiv 2405.18392), so that ``--steps`` may be raised later.
+- Types are seen in proportion to the square root of their frequency: one that is 100 times rarer is seen 10 times less.
+- The loss on v is not re-weighted. Min-SNR (Hang et al. 2023) would lower the weight of the noisiest times, where the
+  layout, that is density and composition, is decided and the condition matters most.
+- Times are stratified over the batch (Kingma et al. 2021, arXiv 2107.00630, appendix I.1): less noise in the loss for
+  nothing.
+- Learning rate: linear warm-up, constant, last fifth linear to 0 (Haegele et al. 2024, arXiv 2405.18392), so that
+  ``--steps`` may be raised later.
 - bf16 autocast only on request: on CPUs without matrix units it takes about twice the time of float32.
 """
 
@@ -71,8 +74,8 @@ __all__ = ["Record", "Trainer", "add_arguments", "main"]
 
 Batch = dict[str, Tensor]
 
-# Elements of the square's symmetry group in the order in which variants of a tile are used: 0-3 are quarter turns, 4-7 the same
-# after a reflection. The first two, four and eight are balanced between both kinds.
+# Elements of the square's symmetry group in the order in which variants of a tile are used: 0-3 are quarter turns,
+# 4-7 the same after a reflection. The first two, four and eight are balanced between both kinds.
 _VARIANTS = (0, 5, 2, 7, 4, 1, 6, 3)
 
 
@@ -125,6 +128,9 @@ class VAEObjective(nn.Module):
 
 class MainObjective(nn.Module):
     """Equation (9); batch: ``embedding, label, latent, t, noise, eps_c, eps_e, drop``."""
+
+    alpha: Tensor
+    sigma: Tensor
 
     def __init__(self, encoder: StateEncoder, denoiser: Denoiser, model: ModelConfig, config: TrainConfig) -> None:
         super().__init__()
@@ -355,7 +361,12 @@ class Trainer:
             self.finish(done)
 
     def _fit(
-        self, objective: nn.Module, stage: str, batch: Callable[[int], Batch], steps: int, deadline: float = float("inf")
+        self,
+        objective: nn.Module,
+        stage: str,
+        batch: Callable[[int], Batch],
+        steps: int,
+        deadline: float = float("inf"),
     ) -> Iterator[Record]:
         rate = self.config.autoencoder_learning_rate if stage == "autoencoder" else self.config.learning_rate
         return fit(
@@ -377,7 +388,9 @@ class Trainer:
             if mark.exists():
                 state = json.loads(mark.read_text(encoding="utf-8"))
                 if state["identity"] != identity:
-                    raise BadInput(f"{path} was made with other data or settings: use the same, or choose another --out.")
+                    raise BadInput(
+                        f"{path} was made with other data or settings: use the same, or choose another --out."
+                    )
                 done = state["done"]
             array = (
                 np.lib.format.open_memmap(path, mode="r+")
@@ -483,9 +496,10 @@ class Trainer:
     def finish(self, steps_done: int) -> None:
         """Fit the mixture and the support, judge the separation, write the bundle."""
         model, seed = self.model, self.config.seed
+        model.denoiser.round_to_half()
         train = self.rows["train"]
         model.mixture = fit_mixture(self._means(train)[0], self.label[train], len(model.cell_types), seed)
-        reference, held_out = self._some("train", 4000), self._some("validation", 2000)
+        reference, held_out = self._some("train", 3000), self._some("validation", 2000)
         ids = self.store.cells.cell_id[reference]
         model.support = Support.fit(self.embedding[reference], ids, self.embedding[held_out])
         split = self.store.split()
@@ -507,9 +521,9 @@ class Trainer:
 
         Returns
         -------
-        ``classifier_accuracy`` (and of the validation donors); ``active_units`` of both halves; balanced accuracy of a linear
-        probe of the type from each half (``chance`` = 1 / types); R2 of linear probes of every ``programme_*`` column that
-        the store knows.
+        ``classifier_accuracy`` (and of the validation donors); ``active_units`` of both halves; balanced accuracy of
+        a linear probe of the type from each half (``chance`` = 1 / types); R2 of linear probes of every
+        ``programme_*`` column that the store knows.
         """
         rows = {"train": self._some("train", 5000), "test": self._some("test", 5000)}
         z = {name: dict(zip(("z_c", "z_e"), self._means(some), strict=True)) for name, some in rows.items()}

@@ -6,15 +6,16 @@
 - (1) :func:`classification_loss`: cross-entropy of a small network on ``z_c`` against the cell type;
 - (2) :func:`kl_divergence`: ``D_KL(q(z_e|E) || N(0, I))``.
 
-Scale of the KL. The paper adds the KL to a mean over picture elements (8) and does not say how the KL itself is averaged.
-Here it is the sum over latent dimensions divided by the number of embedding dimensions, which is the scale at which
-"mean squared error + KL" is a proper evidence bound of the embedding. Averaging over the 32 latent dimensions
+Scale of the KL. The paper adds the KL to a mean over picture elements (8) and does not say how the KL itself is
+averaged. Here it is the sum over latent dimensions divided by the number of embedding dimensions, which is the scale
+at which "mean squared error + KL" is a proper evidence bound of the embedding. Averaging over the 32 latent dimensions
 instead is eight times stronger.
 
-Separation. Equation (9) charges for information in ``z_e`` and lets ``z_c`` carry any amount free of charge, so the U-Net would
-read the environment from ``z_c`` and ``z_e`` would collapse. Two terms of ours, both small, prevent it:
+Separation. Equation (9) charges for information in ``z_e`` and lets ``z_c`` carry any amount free of charge, so the
+U-Net would read the environment from ``z_c`` and ``z_e`` would collapse. Two terms of ours, both small, prevent it:
 :func:`type_prior` pulls ``z_c`` to one Gaussian per type (which is also what the mixture assumes), and
-:func:`reconstruction_loss` asks that ``z_c`` and ``z_e`` *together* give E back, so that ``z_e`` keeps what the type leaves open.
+:func:`reconstruction_loss` asks that ``z_c`` and ``z_e`` *together* give E back, so that ``z_e`` keeps what the type
+leaves open.
 """
 
 from __future__ import annotations
@@ -100,6 +101,9 @@ class StateEncoder(nn.Module):
     scaled with training statistics, which are part of the weights.
     """
 
+    embedding_mean: Tensor
+    embedding_std: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.type_vae = TypeVAE(config)
@@ -133,12 +137,12 @@ def _kl_per_embedding_dim(q: Normal, prior_mean: Tensor | float, embedding_dim: 
 
 
 def kl_divergence(q: Normal, embedding_dim: int) -> Tensor:
-    """(2): ``D_KL(q || N(0, I))`` summed over latent dimensions, mean over cells, divided by ``embedding_dim``; nats."""
+    """(2): ``D_KL(q || N(0, I))`` in nats, summed over dimensions, mean over cells, divided by ``embedding_dim``."""
     return _kl_per_embedding_dim(q, 0.0, embedding_dim)
 
 
 def type_prior(q: Normal, prior_mean: Tensor, labels: Tensor, embedding_dim: int) -> Tensor:
-    """``D_KL(q(z_c|E) || N(m_type, I))`` on the scale of :func:`kl_divergence`; ``prior_mean [type, d_c]`` is learned."""
+    """``D_KL(q(z_c|E) || N(m_type, I))``, scaled as :func:`kl_divergence`; ``prior_mean [type, d_c]`` is learned."""
     return _kl_per_embedding_dim(q, prior_mean[labels], embedding_dim)
 
 
@@ -167,13 +171,13 @@ class Mixture:
 
     def sample(self, type_index: int, n: int, seed: int) -> np.ndarray:
         """``[n, d_c]`` float32; row i depends on (seed, type, i) alone."""
-        rows = []
+        rows, d = [], self.means.shape[2]
         cumulative = np.cumsum(self.weights[type_index])
         for i in range(n):
             g = rng.stream(seed, "z_c", type_index, i)
             k = int(np.searchsorted(cumulative, g.random() * cumulative[-1], side="right"))
-            rows.append(self.means[type_index, k] + self.cholesky[type_index, k] @ g.standard_normal(self.means.shape[2]))
-        return np.asarray(rows, dtype=np.float32).reshape(n, self.means.shape[2])
+            rows.append(self.means[type_index, k] + self.cholesky[type_index, k] @ g.standard_normal(d))
+        return np.asarray(rows, dtype=np.float32).reshape(n, d)
 
 
 def fit_mixture(
@@ -222,12 +226,15 @@ def fit_mixture(
 
 
 def active_units(mu: np.ndarray, threshold: float = 0.01) -> int:
-    """Latent dimensions whose posterior mean varies between cells, Var(mu) > 0.01 (Burda et al. 2015, arXiv 1509.00519)."""
+    """Latent dimensions whose posterior mean varies between cells, Var(mu) > 0.01 (Burda et al., arXiv 1509.00519)."""
     return int((np.var(mu, axis=0) > threshold).sum())
 
 
 def probe_accuracy(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
-    """Balanced accuracy (mean recall of the types in ``test``) of a linear (logistic, class-balanced) probe fitted on ``train``; chance is 1 / types."""
+    """Balanced accuracy on ``test`` of a logistic, class-balanced probe fitted on ``train``.
+
+    The mean recall of the types that occur in ``test``; chance is one over their number.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,25 @@ def test_saved_and_loaded_weights_are_the_same_bits_and_diffusers_opens_the_fold
         assert torch.equal(theirs.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("channels", [(8, 12), (32, 48, 80)])
+def test_any_even_widths_make_a_network(channels: tuple[int, ...]):
+    made = Denoiser(replace(SMALL, unet_channels=channels)).eval()
+    assert made(*batch(1)).shape == (1, 2, 4, 4)
+
+
 def test_an_odd_number_of_tokens_cannot_be_shared():
     with pytest.raises(ValueError, match="must be even"):
         ConditionTokens(ModelConfig(condition_tokens=3))
+
+
+def test_rounded_weights_are_stored_in_half_the_space_with_the_same_bits(tmp_path: Path):
+    made = Denoiser(SMALL).eval()
+    made.save(tmp_path / "full")
+    made.round_to_half()
+    made.save(tmp_path / "half")
+    again = Denoiser.load(tmp_path / "half", SMALL)
+    for name, value in made.state_dict().items():
+        assert again.state_dict()[name].dtype == torch.float32, name
+        assert torch.equal(again.state_dict()[name], value), name
+    full, half = ((tmp_path / n / "diffusion_pytorch_model.safetensors").stat().st_size for n in ("full", "half"))
+    assert half < 0.7 * full

@@ -205,7 +205,11 @@ def test_weights_of_other_sizes_are_refused(bundle: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is damaged"), ("[]", "is damaged"), ('{"format": 99, "config": {}}', "bundle format 99, this version reads 1")],
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"format": 99, "config": {}}', "bundle format 99, this version reads 1"),
+    ],
 )
 def test_a_bad_header_is_explained(bundle: Path, tmp_path: Path, text: str, message: str):
     shutil.copytree(bundle, tmp_path / "b")

@@ -16,7 +16,8 @@ def unit(n: int, name: str, dim: int = 8) -> np.ndarray:
 
 @pytest.fixture
 def support() -> Support:
-    return Support.fit(unit(40, "reference"), np.array([f"c{i}" for i in range(40)], dtype=object), unit(30, "held out"))
+    cell_id = np.array([f"c{i}" for i in range(40)], dtype=object)
+    return Support.fit(unit(40, "reference"), cell_id, unit(30, "held out"))
 
 
 def test_distance_and_nearest_are_those_of_a_double_loop(support: Support):
