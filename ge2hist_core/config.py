@@ -73,7 +73,8 @@ class ModelConfig:
 class TrainConfig:
     """How the parts are trained. ``beta`` and ``gamma`` are the paper's, equation (9).
 
-    ``reconstruction`` weighs the embedding error kept in the main training, ``latent_noise`` is the noise on the
+    ``type_prior``, ``type_leak`` and ``reconstruction`` weigh the terms that keep type and environment apart (see
+    :mod:`ge2hist_core.vae`), ``latent_noise`` is the noise on the
     autoencoder's latents in their standard deviations, ``latent_variants`` how many of a tile's eight rotations and
     reflections are encoded, ``cells_per_donor`` how many cells of a donor are used at the most.
     """
@@ -85,7 +86,9 @@ class TrainConfig:
     ema: float = 0.999
     beta: float = 0.2
     gamma: float = 0.1
-    reconstruction: float = 0.1
+    type_prior: float = 1.0
+    type_leak: float = 0.3
+    reconstruction: float = 0.3
     condition_dropout: float = 0.1
     vae_steps: int = 2000
     autoencoder_steps: int = 1500

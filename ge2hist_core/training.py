@@ -62,6 +62,7 @@ from ge2hist_core.vae import (
     probe_accuracy,
     probe_r2,
     reconstruction_loss,
+    type_leak,
     type_prior,
 )
 
@@ -154,14 +155,25 @@ class MainObjective(nn.Module):
         logits = type_vae.logits(z_c)
         cls = classification_loss(logits, label)  # (1)
         kl = kl_divergence(q_e, embedding.shape[1])  # (2)
+        leak = type_leak(q_e.loc, label)
         prior = type_prior(q_c, type_vae.prior_mean, label, embedding.shape[1])
         together = type_vae.generative(z_c) + niche_vae.generative(z_e)
         rec = reconstruction_loss(together, self.encoder.standardise(embedding))
 
         c = self.config
-        loss = cdm + c.beta * cls + c.gamma * (kl + prior) + c.reconstruction * rec  # (9)
+        loss = cdm + c.beta * cls + c.gamma * kl  # (9)
+        loss = loss + c.type_prior * prior + c.type_leak * leak + c.reconstruction * rec
         accuracy = (logits.argmax(1) == label).float().mean()
-        return {"loss": loss, "cdm": cdm, "cls": cls, "kl": kl, "prior": prior, "rec": rec, "accuracy": accuracy}
+        return {
+            "loss": loss,
+            "cdm": cdm,
+            "cls": cls,
+            "kl": kl,
+            "prior": prior,
+            "leak": leak,
+            "rec": rec,
+            "accuracy": accuracy,
+        }
 
 
 # --- one loop for all three ----------------------------------------------------------------------------------------
@@ -327,9 +339,16 @@ class Trainer:
         return np.sort(np.concatenate(some)) if some else rows
 
     def _identity(self, model: ModelConfig, encoder_sha256: str) -> str:
+        """Of what decides the result: everything with the encoder, what concerns pictures alone without it."""
+        pictures = ("autoencoder_", "latent_", "cells_per_donor", "warmup_steps", "ema", "mixed_precision", "seed")
+        sizes = ("tile_px", "um_per_px", "latent_", "ae_channels")
         free = ("steps", "checkpoint_every")
         settings = {k: v for k, v in to_json(self.config).items() if k not in free}
-        digest = hashlib.sha256(json.dumps([to_json(model), settings, encoder_sha256]).encode())
+        network = to_json(model)
+        if not encoder_sha256:
+            settings = {k: v for k, v in settings.items() if k.startswith(pictures)}
+            network = {k: v for k, v in network.items() if k.startswith(sizes)}
+        digest = hashlib.sha256(json.dumps([network, settings, encoder_sha256]).encode())
         for array in (self.store.cells.counts.data, self.store.cells.counts.indices, self.store.cells.counts.indptr):
             digest.update(np.ascontiguousarray(array).tobytes())
         digest.update("\n".join(self.store.cells.cell_id).encode())

@@ -12,10 +12,10 @@ at which "mean squared error + KL" is a proper evidence bound of the embedding. 
 instead is eight times stronger.
 
 Separation. Equation (9) charges for information in ``z_e`` and lets ``z_c`` carry any amount free of charge, so the
-U-Net would read the environment from ``z_c`` and ``z_e`` would collapse. Two terms of ours, both small, prevent it:
-:func:`type_prior` pulls ``z_c`` to one Gaussian per type (which is also what the mixture assumes), and
-:func:`reconstruction_loss` asks that ``z_c`` and ``z_e`` *together* give E back, so that ``z_e`` keeps what the type
-leaves open.
+U-Net would read the environment from ``z_c`` and ``z_e`` would collapse. Three terms of ours prevent it:
+:func:`type_prior` pulls ``z_c`` to one Gaussian per type (which is also what the mixture assumes), so that it has no
+room for more than the type; :func:`type_leak` takes the type's mean out of ``z_e``; and :func:`reconstruction_loss`
+asks that ``z_c`` and ``z_e`` *together* give E back, so that ``z_e`` keeps what the type leaves open.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ __all__ = [
     "probe_accuracy",
     "probe_r2",
     "reconstruction_loss",
+    "type_leak",
     "type_prior",
 ]
 
@@ -77,9 +78,7 @@ class TypeVAE(_GaussianVAE):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.embedding_dim, config.d_c, config.vae_hidden)
-        self.classifier = nn.Sequential(
-            nn.Linear(config.d_c, 64), nn.SiLU(), nn.Linear(64, len(config.cell_types))
-        )
+        self.classifier = nn.Sequential(nn.Linear(config.d_c, 64), nn.SiLU(), nn.Linear(64, len(config.cell_types)))
         self.prior_mean = nn.Parameter(torch.zeros(len(config.cell_types), config.d_c))
 
     def logits(self, z_c: Tensor) -> Tensor:
@@ -146,6 +145,15 @@ def type_prior(q: Normal, prior_mean: Tensor, labels: Tensor, embedding_dim: int
     return _kl_per_embedding_dim(q, prior_mean[labels], embedding_dim)
 
 
+def type_leak(mu: Tensor, labels: Tensor) -> Tensor:
+    """How far the mean of ``mu [cell, d_e]`` differs between types: unbiased estimate of E ||mean of a type||^2 / d_e.
+
+    The mean of inner products over pairs of different cells of one type; 0 without such a pair. It may be negative.
+    """
+    same = (labels[:, None] == labels).to(mu.dtype).fill_diagonal_(0)
+    return ((mu @ mu.T) * same).sum() / same.sum().clamp_min(1) / mu.shape[1]
+
+
 def reconstruction_loss(predicted: Tensor, standardised: Tensor) -> Tensor:
     """Mean squared error of the standardised embedding; 1 when nothing is explained."""
     return F.mse_loss(predicted, standardised)
@@ -206,12 +214,16 @@ def fit_mixture(
         z = z_c[rows if len(rows) else slice(None)].astype(np.float64)
         if len(z) > max_cells:
             z = z[draw.choice(len(z), max_cells, replace=False)]
-        fits = [
-            GaussianMixture(k, reg_covar=1e-4, random_state=int(draw.integers(2**31))).fit(z)
-            for k in range(1, max_components + 1)
-            # A full covariance needs more cells than dimensions in every component.
-            if k == 1 or len(z) > 4 * k * d
-        ] if len(z) > 1 else []
+        fits = (
+            [
+                GaussianMixture(k, reg_covar=1e-4, random_state=int(draw.integers(2**31))).fit(z)
+                for k in range(1, max_components + 1)
+                # A full covariance needs more cells than dimensions in every component.
+                if k == 1 or len(z) > 4 * k * d
+            ]
+            if len(z) > 1
+            else []
+        )
         if not fits:
             weights[kind, 0], means[kind, 0] = 1.0, z.mean(0)
             continue

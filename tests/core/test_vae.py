@@ -18,6 +18,7 @@ from ge2hist_core.vae import (
     kl_divergence,
     probe_accuracy,
     probe_r2,
+    type_leak,
     type_prior,
 )
 
@@ -105,3 +106,10 @@ def test_shapes(n: int):
     assert q_c.loc.shape == q_c.scale.shape == (n, 3)
     assert encoder.type_vae.logits(q_c.loc).shape == (n, 3)
     assert encoder.niche_vae.generative(q_e.loc).shape == (n, 12)
+
+
+def test_type_leak_is_the_mean_inner_product_of_pairs_of_one_type():
+    mu, labels = torch.randn(7, 3), torch.tensor([0, 1, 0, 2, 1, 0, 3])
+    pairs = [mu[i] @ mu[j] / 3 for i in range(7) for j in range(7) if i != j and labels[i] == labels[j]]
+    assert type_leak(mu, labels).item() == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-6)
+    assert type_leak(mu[[0, 1, 3]], labels[[0, 1, 3]]).item() == 0.0
