@@ -125,7 +125,7 @@ def _separation(training: Mapping[str, Any]) -> str:
 def _reader(reader: Mapping[str, Any]) -> str:
     if not reader:
         return ""
-    figures = {k: v for k, v in reader.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    figures = {k: v for k, v in reader["figures"].items() if isinstance(v, (int, float))}
     rows = ["## Nuclei reader", "", "On held-out donors (`train-reader` writes these into reader.json).", ""]
     rows += ["| figure | value |", "|---|---|"]
     return "\n".join([*rows, *(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in figures.items())])
