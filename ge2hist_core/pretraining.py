@@ -160,6 +160,7 @@ class Pretrainer(Encoder):
         turn = torch.linalg.qr(torch.randn(self.size.dim, self.size.dim))[0][: loadings.shape[1]]
         self.encoder.embedding.weight[: len(loadings)] += LOADING_SCALE * loadings[:, : len(turn)] @ turn
         x = self.encoder(batch.ids) + self.value_encoder(batch.values)
+        layer: Any  # mypy sees members of a ModuleList as tensors or modules
         for layer in self.layers:
             seen = layer.self_attn(x[:, :1], x, batch.attend)[:, 0]
             mean = seen.mean(0)

@@ -66,13 +66,20 @@ class SectionLike(Protocol):
     driver g, 0 = typical, -inf everywhere = knocked out. ``gene_factors`` multiplies reporters and inert genes.
     """
 
-    nuclei: pd.DataFrame
-    fields: Mapping[str, np.ndarray]
-    driver_levels: Mapping[str, np.ndarray]
-    gene_factors: Mapping[str, float]
-    grid_um: float
-    seed: int
-    donor: int
+    @property
+    def nuclei(self) -> pd.DataFrame: ...
+    @property
+    def fields(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def driver_levels(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def gene_factors(self) -> Mapping[str, float]: ...
+    @property
+    def grid_um(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def donor(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)

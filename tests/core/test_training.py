@@ -141,10 +141,11 @@ def objective_and_batch(config: TrainConfig, t: int = 400) -> tuple[MainObjectiv
 
 
 def test_the_loss_is_equation_9_plus_the_named_terms():
-    config = TrainConfig(beta=0.2, gamma=0.1, reconstruction=0.05)
+    config = TrainConfig(beta=0.2, gamma=0.1, type_prior=0.7, type_leak=0.4, reconstruction=0.05)
     objective, batch = objective_and_batch(config)
     terms = objective(batch)
-    expected = terms["cdm"] + 0.2 * terms["cls"] + 0.1 * (terms["kl"] + terms["prior"]) + 0.05 * terms["rec"]
+    expected = terms["cdm"] + 0.2 * terms["cls"] + 0.1 * terms["kl"]
+    expected = expected + 0.7 * terms["prior"] + 0.4 * terms["leak"] + 0.05 * terms["rec"]
     torch.testing.assert_close(terms["loss"], expected)
 
 
