@@ -12,7 +12,6 @@ import streamlit as st
 from ge2hist_core.config import READER_CLASSES, SampleConfig
 from pages import _ui
 from pages._experiment import Experiment, describe, with_edit
-from pages._results import results
 from perturb.colours import colour_of
 
 if TYPE_CHECKING:
@@ -33,7 +32,8 @@ BLANK = "<div class='blank'>Move a gene, and the edited niche<br>is drawn here f
 SOLVERS = {"dpm++": "DPM-Solver++ (fast)", "ddim": "DDIM", "ddpm": "DDPM (slow, 1000 steps)"}
 
 
-def niche_panel(experiment: Experiment, source: H5adSource, model: GE2Hist, profile: Profile) -> None:
+def niche_panel(experiment: Experiment, source: H5adSource, model: GE2Hist, profile: Profile) -> Result | None:
+    """Draw the niches; the result that is shown, None while a full run is under way or when drawing failed."""
     recipe = experiment.recipe
     _title(experiment, profile)
     result = _ui.get_result(recipe) if len(recipe.seeds) > 1 else None
@@ -51,8 +51,7 @@ def niche_panel(experiment: Experiment, source: H5adSource, model: GE2Hist, prof
             _tiles(slots, shown, view, types, picture)
     with _ui.guard():
         _run_bar(experiment, source, model, result, state)
-        if shown is not None:
-            results(shown, model)
+    return shown
 
 
 def _title(experiment: Experiment, profile: Profile) -> None:
@@ -109,6 +108,7 @@ def _view_controls(recipe: Recipe, result: Result | None) -> tuple[str, tuple[st
             default=READER_CLASSES,
             key="types",
             label_visibility="collapsed",
+            wrap=True,
         )
     elif view == "difference":
         st.html(

@@ -65,8 +65,13 @@ def _charts(result: Result, model: GE2Hist) -> None:
     show = {"theme": None, "config": {"displaylogo": False}}
     st.plotly_chart(charts.density(result.summary, theme), key="density", **show)
     left, right = st.columns(2)
-    left.plotly_chart(charts.composition(result.summary, theme), key="composition", **show)
-    right.plotly_chart(charts.spacing(result.readouts, result.summary, theme), key="spacing", **show)
+    for column, name, figure in (
+        (left, "composition", charts.composition(result.summary, theme)),
+        (right, "spacing", charts.spacing(result.readouts, result.summary, theme)),
+    ):
+        # In half the width title and legend would meet: the legend goes below.
+        figure.update_layout(title_font_size=15, legend={"x": 0.5, "xanchor": "center", "y": -0.25, "yanchor": "top"})
+        column.plotly_chart(figure, key=name, **show)
 
 
 def _all_seeds(result: Result, model: GE2Hist) -> None:

@@ -8,6 +8,7 @@ from pages import _ui
 from pages._cells import cell_panel, data_panel, upload
 from pages._genes import gene_panel
 from pages._niche import niche_panel
+from pages._results import results
 
 
 def page() -> None:
@@ -31,7 +32,10 @@ def page() -> None:
     with genes, _ui.guard():
         gene_panel(experiment, profile, _ui.get_edits(experiment.recipe, model, source))
     with niche:
-        niche_panel(experiment, source, model, profile)
+        shown = niche_panel(experiment, source, model, profile)
+    if shown is not None:
+        with _ui.guard():
+            results(shown, model)
     _ui.write_address(experiment)
 
 

@@ -115,7 +115,7 @@ def test_journey(address: str, browser, tmp_path: Path) -> None:
     page.on("pageerror", lambda error: faults.append(str(error)))
 
     # Start: the first picture, marked and described.
-    page.goto(f"{address}/?steps=4")
+    page.goto(address)
     before = page.get_by_alt_text("Generated H&E picture of the niche, Before: unedited")
     expect(before).to_be_visible()
     expect(page.get_by_text("Draft: one draw from one seed, unedited.")).to_be_visible()
