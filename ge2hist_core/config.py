@@ -73,10 +73,10 @@ class ModelConfig:
 class TrainConfig:
     """How the parts are trained. ``beta`` and ``gamma`` are the paper's, equation (9).
 
-    ``type_prior``, ``type_leak`` and ``reconstruction`` weigh the terms that keep type and environment apart (see
-    :mod:`ge2hist_core.vae`), ``latent_noise`` is the noise on the
-    autoencoder's latents in their standard deviations, ``latent_variants`` how many of a tile's eight rotations and
-    reflections are encoded, ``cells_per_donor`` how many cells of a donor are used at the most.
+    ``type_prior``, ``type_leak``, ``reconstruction`` and ``neighbours`` weigh the terms that keep type and environment
+    apart (see :mod:`ge2hist_core.vae`), ``latent_noise`` is the noise on the autoencoder's latents in their standard
+    deviations, ``latent_variants`` how many of a tile's eight rotations and reflections are encoded,
+    ``cells_per_donor`` how many cells of a donor are used at the most.
     """
 
     steps: int = 20000
@@ -87,16 +87,17 @@ class TrainConfig:
     beta: float = 0.2
     gamma: float = 0.1
     type_prior: float = 1.0
-    type_leak: float = 0.3
-    reconstruction: float = 0.3
+    type_leak: float = 1.0
+    reconstruction: float = 0.1
+    neighbours: float = 1.0
     condition_dropout: float = 0.1
     vae_steps: int = 2000
-    autoencoder_steps: int = 1500
+    autoencoder_steps: int = 2000
     autoencoder_batch: int = 16
     autoencoder_learning_rate: float = 1e-3
     latent_noise: float = 0.05
     latent_variants: int = 2
-    cells_per_donor: int = 600
+    cells_per_donor: int = 400
     checkpoint_every: int = 250
     mixed_precision: str = "no"
     seed: int = 0

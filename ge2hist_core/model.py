@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHUNK", "FORMAT", "GE2Hist", "Preview"]
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 4
 
 _ENCODER_FILES = ("args.json", "vocab.json", "best_model.pt")
@@ -128,15 +128,22 @@ class GE2Hist:
     def cell_types(self) -> tuple[str, ...]:
         return self.config.cell_types
 
-    def has_learned_from(self, store: TissueStore) -> set[str]:
-        """Donors that this model was trained or validated on: of the same store, or simulated from the same numbers."""
-        report = self.report or {}
-        split = report.get("donors", {})
-        known = {*split.get("train", ()), *split.get("validation", ())}
-        keys = ("seed", "size_um")
-        here, there = ({k: (s or {}).get(k) for k in keys} for s in (store.simulation, report.get("simulation")))
-        same_tissue = store.simulation is not None and here == there
-        return known & set(store.donors) if same_tissue or report.get("store") == store.identity else set()
+    def has_learned_from(self, store: TissueStore, parts: Sequence[str] = ("train", "validation")) -> set[str]:
+        """Donors of a store that this model, or one that it started from, was trained (or validated) on.
+
+        The same donors are those of the same store, or simulated from the same numbers.
+        """
+        known: set[str] = set()
+        report = self.report
+        while report:
+            split = report.get("donors", {})
+            keys = ("seed", "size_um")
+            here, there = ({k: (s or {}).get(k) for k in keys} for s in (store.simulation, report.get("simulation")))
+            same_tissue = store.simulation is not None and here == there
+            if same_tissue or report.get("store") == store.identity:
+                known.update(*(split.get(part, ()) for part in parts))
+            report = (report.get("started_from") or {}).get("training")
+        return known & set(store.donors)
 
     # --- expression to state ---------------------------------------------------------------------------------
 
@@ -160,6 +167,24 @@ class GE2Hist:
         """Probabilities of the cell types from ``z_c``, ``[cell, type]`` float32."""
         logits = self.encoder.type_vae.logits(torch.from_numpy(latent.z_c))
         return logits.softmax(-1).numpy()
+
+    @torch.inference_mode()
+    def expected_neighbours(self, latent: Latent) -> np.ndarray:
+        """Other nuclei of each of ``cell_types`` that the niche network expects in the tile, ``[cell, type]`` float64.
+
+        The square of the expected root count, at least 0: a quick guess from the state alone, without a picture.
+
+        Raises
+        ------
+        BadInput: a bundle whose training did not note the scale of its counts.
+        """
+        scale = (self.report or {}).get("neighbours")
+        if not scale:
+            raise BadInput("This bundle cannot guess a niche without drawing it: train it again with this version.")
+        mean, std = (np.array([scale[name][key] for name in self.cell_types]) for key in ("root_mean", "root_std"))
+        states = torch.from_numpy(latent.z_c), torch.from_numpy(latent.z_e)
+        root = self.encoder.niche_vae.expected_neighbours(*states).double().numpy() * std + mean
+        return np.maximum(root, 0.0) ** 2
 
     def sample_type(self, cell_type: str, n: int, seed: int) -> np.ndarray:
         """``z_c [n, d_c]`` drawn from a type's mixture: the second way to condition, (3).

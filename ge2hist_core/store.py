@@ -274,6 +274,23 @@ class TissueStore:
             columns=list(NUCLEI_COLUMNS),
         )
 
+    def neighbour_counts(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """How many *other* nuclei of each of ``cell_types`` lie in the tile of each cell, int ``[n, type]``."""
+        from scipy.spatial import cKDTree
+
+        rows = np.asarray(rows, dtype=np.int64)
+        counts = np.zeros((len(rows), len(self.cell_types)), dtype=np.int64)
+        kind = self.obs["cell_type"].cat.codes.to_numpy()
+        for donor, near in enumerate(self._rows_of_donor):
+            mine = np.flatnonzero(self._donor[rows] == donor)
+            if len(mine):
+                tree = cKDTree(self._xy[near])
+                hits = tree.query_ball_point(self._xy[rows[mine]], TILE_PX / 2 * self.um_per_px, p=np.inf)
+                for i, hit in zip(mine, hits, strict=True):
+                    counts[i] = np.bincount(kind[near[hit]], minlength=counts.shape[1])
+                    counts[i, kind[rows[i]]] -= 1
+        return counts
+
     @cached_property
     def _visible(self) -> np.ndarray:
         return np.array([VISIBLE_CLASS.get(name, name) for name in self.cells.cell_type], dtype=object)

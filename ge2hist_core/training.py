@@ -7,13 +7,16 @@ Stages, each resumable, with their work in ``BUNDLE/.work``:
 3. ``embeddings``: scGPT embedding of the cells; the stages before do without the encoder, so it may be exchanged
    after them;
 4. ``vae``: both VAEs by themselves, no separation yet;
-5. ``main``: VAEs, classifier and U-Net together, (9) ``L = L_CDM + beta L_cls + gamma L_KL`` and the two small terms
-   that :mod:`ge2hist_core.vae` explains;
+5. ``main``: VAEs, classifier and U-Net together, (9) ``L = L_CDM + beta L_cls + gamma L_KL`` and the four terms of
+   separation that :mod:`ge2hist_core.vae` explains;
 6. mixture of z_c, support, report, and the bundle written.
 
 Every draw comes from a stream named by stage and step and the state of a stage is one checkpoint, so that a run
 killed at any moment and resumed ends in the weights of an uninterrupted one (same machine, same number of threads and
 processes).
+
+``--start-from BUNDLE`` goes on from a finished bundle: to train it longer, or on other tissue with the same encoder.
+Its autoencoder stays as it is, its VAEs and U-Net are where the main stage begins.
 
 Choices
 - Types are seen in proportion to the square root of their frequency: one that is 100 times rarer is seen 10 times less.
@@ -23,7 +26,10 @@ Choices
   nothing.
 - Learning rate: linear warm-up, constant, last fifth linear to 0 (Haegele et al. 2024, arXiv 2405.18392), so that
   ``--steps`` may be raised later.
-- bf16 autocast only on request: on CPUs without matrix units it takes about twice the time of float32.
+- bf16 autocast only on request: a step takes two thirds of the time on a CPU with AVX512-BF16, twice the time on one
+  without.
+- Attention in training by its plain formula: on CPUs the backward pass of Torch's fused kernel takes a fifth of a step
+  at these short sequences.
 """
 
 from __future__ import annotations
@@ -36,6 +42,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +50,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ge2hist_core import rng
 from ge2hist_core.autoencoder import TileAutoencoder, autoencoder_loss, from_uint8, psnr
@@ -59,6 +67,7 @@ from ge2hist_core.vae import (
     classification_loss,
     fit_mixture,
     kl_divergence,
+    neighbours_loss,
     probe_accuracy,
     probe_r2,
     reconstruction_loss,
@@ -128,7 +137,7 @@ class VAEObjective(nn.Module):
 
 
 class MainObjective(nn.Module):
-    """Equation (9); batch: ``embedding, label, latent, t, noise, eps_c, eps_e, drop``."""
+    """Equation (9); batch: ``embedding, label, neighbours, latent, t, noise, eps_c, eps_e, drop``."""
 
     alpha: Tensor
     sigma: Tensor
@@ -148,7 +157,8 @@ class MainObjective(nn.Module):
 
         alpha, sigma = (level[batch["t"]][:, None, None, None] for level in (self.alpha, self.sigma))
         x_t = alpha * x_0 + sigma * noise  # (4)
-        v = self.denoiser(x_t, batch["t"], torch.cat([z_c, z_e], dim=1), batch["drop"])
+        with sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" else nullcontext():
+            v = self.denoiser(x_t, batch["t"], torch.cat([z_c, z_e], dim=1), batch["drop"])
         cdm = (v.float() - (alpha * noise - sigma * x_0)).square().mean()  # (8), on v
 
         type_vae, niche_vae = self.encoder.type_vae, self.encoder.niche_vae
@@ -159,10 +169,11 @@ class MainObjective(nn.Module):
         prior = type_prior(q_c, type_vae.prior_mean, label, embedding.shape[1])
         together = type_vae.generative(z_c) + niche_vae.generative(z_e)
         rec = reconstruction_loss(together, self.encoder.standardise(embedding))
+        around = neighbours_loss(niche_vae.expected_neighbours(z_c, z_e), batch["neighbours"])
 
         c = self.config
         loss = cdm + c.beta * cls + c.gamma * kl  # (9)
-        loss = loss + c.type_prior * prior + c.type_leak * leak + c.reconstruction * rec
+        loss = loss + c.type_prior * prior + c.type_leak * leak + c.reconstruction * rec + c.neighbours * around
         accuracy = (logits.argmax(1) == label).float().mean()
         return {
             "loss": loss,
@@ -172,6 +183,7 @@ class MainObjective(nn.Module):
             "prior": prior,
             "leak": leak,
             "rec": rec,
+            "neighbours": around,
             "accuracy": accuracy,
         }
 
@@ -297,6 +309,11 @@ class Trainer:
     store: the tissue; donors are split by ``store.split()`` and only training donors are learned from.
     scgpt_folder: cell encoder. out: the bundle to be. model, config: sizes and training.
     accelerator: device, precision and processes; by default what ``accelerate`` finds.
+    start: a trained bundle of these sizes and this encoder to go on from, or None to begin from random weights.
+
+    Raises
+    ------
+    BadInput: a cell type that the model does not have, a split without cells, a ``start`` that does not fit.
     """
 
     def __init__(
@@ -307,13 +324,16 @@ class Trainer:
         model: ModelConfig,
         config: TrainConfig,
         accelerator: Accelerator | None = None,
+        start: GE2Hist | None = None,
     ) -> None:
         from accelerate import Accelerator
 
-        self.store, self.out, self.config = store, Path(out), config
+        self.store, self.out, self.config, self.start = store, Path(out), config, start
         self.work = self.out / ".work"
         self.accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision)
         self.model = GE2Hist.untrained(model, scgpt_folder, config.seed)
+        if start is not None:
+            self._take_over(start)
         if (self.out / "reader.safetensors").exists():
             from ge2hist_core.nuclei import LearnedReader
 
@@ -329,14 +349,43 @@ class Trainer:
         for name, rows in self.rows.items():
             if not len(rows):
                 raise BadInput(f"The {name} donors have no cell with a whole tile: give more or larger sections.")
+        self.neighbours = self._standardised_neighbours()
         self.picture_identity = self._identity(model, "")
+        self.embedding_identity = f"{self.picture_identity} {self.model.scgpt.sha256}"
         self.identity = self._identity(model, self.model.scgpt.sha256)
+
+    def _take_over(self, start: GE2Hist) -> None:
+        """Weights of a trained bundle in place of the random ones."""
+        if start.scgpt.sha256 != self.model.scgpt.sha256:
+            raise BadInput(f"{start.folder} was trained with another encoder: give --scgpt {start.folder}/scgpt.")
+        changed = [k for k, v in to_json(start.config).items() if to_json(self.model.config)[k] != v]
+        if changed:
+            raise BadInput(f"{start.folder} has another {changed[0]} than this run: use its preset and kind of store.")
+        split = self.store.split()
+        leaked = sorted(start.has_learned_from(self.store, ("train",)) & {*split["validation"], *split["test"]})
+        if leaked:
+            raise BadInput(
+                f"{start.folder} has learned from donor {leaked[0]!r}, which this store holds out: use the store that "
+                "it was trained on, or donors that it has not seen."
+            )
+        for part in ("encoder", "autoencoder", "denoiser"):
+            getattr(self.model, part).load_state_dict(getattr(start, part).state_dict())
 
     def _limited(self, rows: np.ndarray) -> np.ndarray:
         """At most ``cells_per_donor`` rows of each donor, drawn at random."""
         draw, donor = rng.stream(self.config.seed, "cells per donor"), self.store.cells.donor[rows]
         some = [draw.permutation(rows[donor == name])[: self.config.cells_per_donor] for name in np.unique(donor)]
         return np.sort(np.concatenate(some)) if some else rows
+
+    def _standardised_neighbours(self) -> np.ndarray:
+        """Root counts of each type in the tiles of the cells used, ``[row, type]``, 0 +- 1 over training cells."""
+        rows = np.concatenate(list(self.rows.values()))
+        kinds = [self.model.cell_types.index(name) for name in self.store.cell_types]
+        roots = np.zeros((len(self.store), len(self.model.cell_types)), dtype=np.float32)
+        roots[np.ix_(rows, kinds)] = np.sqrt(self.store.neighbour_counts(rows))
+        train = roots[self.rows["train"]]
+        self.root_mean, self.root_std = train.mean(axis=0), np.maximum(train.std(axis=0), 1e-6)
+        return (roots - self.root_mean) / self.root_std
 
     def _identity(self, model: ModelConfig, encoder_sha256: str) -> str:
         """Of what decides the result: everything with the encoder, what concerns pictures alone without it."""
@@ -348,7 +397,8 @@ class Trainer:
         if not encoder_sha256:
             settings = {k: v for k, v in settings.items() if k.startswith(pictures)}
             network = {k: v for k, v in network.items() if k.startswith(sizes)}
-        digest = hashlib.sha256(json.dumps([network, settings, encoder_sha256]).encode())
+        start = [] if self.start is None else [self.start.sha256]
+        digest = hashlib.sha256(json.dumps([network, settings, encoder_sha256, *start]).encode())
         for array in (self.store.cells.counts.data, self.store.cells.counts.indices, self.store.cells.counts.indptr):
             digest.update(np.ascontiguousarray(array).tobytes())
         digest.update("\n".join(self.store.cells.cell_id).encode())
@@ -361,16 +411,19 @@ class Trainer:
         """
         self.work.mkdir(parents=True, exist_ok=True)
         model, config = self.model, self.config
-        objective: nn.Module = AutoencoderObjective(model.autoencoder, config)
-        yield from self._fit(objective, "autoencoder", self._autoencoder_batch, config.autoencoder_steps)
-        model.autoencoder.fit_statistics(self._raw_latents())
+        objective: nn.Module
+        if self.start is None:
+            objective = AutoencoderObjective(model.autoencoder, config)
+            yield from self._fit(objective, "autoencoder", self._autoencoder_batch, config.autoencoder_steps)
+            model.autoencoder.fit_statistics(self._raw_latents())
         yield from self._encode_tiles()
         yield from self._embed()
         self._drop_empty_cells()
 
-        model.encoder.fit_standardisation(torch.from_numpy(self.embedding[self.rows["train"]]))
-        objective = VAEObjective(model.encoder, config)
-        yield from self._fit(objective, "vae", self._vae_batch, config.vae_steps)
+        if self.start is None:
+            model.encoder.fit_standardisation(torch.from_numpy(self.embedding[self.rows["train"]]))
+            objective = VAEObjective(model.encoder, config)
+            yield from self._fit(objective, "vae", self._vae_batch, config.vae_steps)
         objective = MainObjective(model.encoder, model.denoiser, model.config, config)
         done = 0
         for record in self._fit(objective, "main", self._main_batch, config.steps, deadline):
@@ -401,7 +454,7 @@ class Trainer:
     ) -> Iterator[Record]:
         """Fill ``work/<name>.npy`` in blocks of its first axis; what a killed run has filled stays."""
         path, mark = self.work / f"{name}.npy", self.work / f"{name}.json"
-        identity = self.picture_identity if name == "latents" else self.identity
+        identity = self.picture_identity if name == "latents" else self.embedding_identity
         if self.accelerator.is_main_process:
             done = 0
             if mark.exists():
@@ -481,6 +534,7 @@ class Trainer:
         return chosen, {
             "embedding": torch.from_numpy(self.embedding[rows]),
             "label": torch.from_numpy(self.label[rows]),
+            "neighbours": torch.from_numpy(self.neighbours[rows]),
             "eps_c": torch.from_numpy(g.standard_normal((n, m.d_c), dtype=np.float32)),
             "eps_e": torch.from_numpy(g.standard_normal((n, m.d_e), dtype=np.float32)),
         }
@@ -530,6 +584,13 @@ class Trainer:
             "cells": {name: len(rows) for name, rows in self.rows.items()},
             "steps": steps_done,
             "train": to_json(self.config),
+            "started_from": None
+            if self.start is None
+            else {"bundle_sha256": self.start.sha256, "training": self.start.report},
+            "neighbours": {
+                name: {"root_mean": float(mean), "root_std": float(std)}
+                for name, mean, std in zip(model.cell_types, self.root_mean, self.root_std, strict=True)
+            },
             "separation": self.separation(),
             "autoencoder_psnr_db": self._psnr(),
         }
@@ -541,7 +602,8 @@ class Trainer:
         Returns
         -------
         ``classifier_accuracy`` (and of the validation donors); ``active_units`` of both halves; balanced accuracy of
-        a linear probe of the type from each half (``chance`` = 1 / types); R2 of linear probes of every
+        a linear probe of the type from each half (``chance`` = 1 / types); ``neighbours_r2``: share of the variance of
+        each type's root count in the tile that both halves together explain; R2 of linear probes of every
         ``programme_*`` column that the store knows.
         """
         rows = {"train": self._some("train", 5000), "test": self._some("test", 5000)}
@@ -551,6 +613,7 @@ class Trainer:
             "classifier_accuracy": self._accuracy("test"),
             "classifier_accuracy_validation": self._accuracy("validation"),
             "chance": 1 / len(np.unique(label["test"])),
+            "neighbours_r2": self._neighbours_r2(z["test"], self.neighbours[rows["test"]]),
         }
         programmes = [name for name in self.store.obs.columns if name.startswith("programme_")]
         values = {name: self.store.obs[programmes].to_numpy()[some] for name, some in rows.items()}
@@ -564,6 +627,16 @@ class Trainer:
                     name.removeprefix("programme_"): float(value) for name, value in zip(programmes, r2, strict=True)
                 }
         return report
+
+    @torch.inference_mode()
+    def _neighbours_r2(self, z: dict[str, np.ndarray], true: np.ndarray) -> dict[str, float | None]:
+        both = torch.from_numpy(z["z_c"]), torch.from_numpy(z["z_e"])
+        error = ((self.model.encoder.niche_vae.expected_neighbours(*both).numpy() - true) ** 2).mean(axis=0)
+        spread = true.var(axis=0)
+        return {
+            name: 1 - float(e / s) if s > 0 else None
+            for name, e, s in zip(self.model.cell_types, error, spread, strict=True)
+        }
 
     @torch.inference_mode()
     def _accuracy(self, name: str) -> float:
@@ -585,6 +658,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, help="of this run; then the bundle is written, --resume goes on")
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"))
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--start-from", type=Path, metavar="BUNDLE", help="a finished bundle to train on from")
     parser.add_argument("--resume", action="store_true", help="go on with the work in BUNDLE")
 
 
@@ -610,7 +684,8 @@ def main(args: argparse.Namespace) -> None:
         cell_types=CELL_TYPES if set(store.cell_types) <= set(CELL_TYPES) else store.cell_types,
     )
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
-    trainer = Trainer(store, args.scgpt, args.out, model, config)
+    start = None if args.start_from is None else GE2Hist.load(args.start_from)
+    trainer = Trainer(store, args.scgpt, args.out, model, config, start=start)
     bar: tqdm | None = None
     for record in trainer.run(deadline):
         if bar is None or bar.desc.rstrip(": ") != record.stage:

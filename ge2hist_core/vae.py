@@ -12,10 +12,14 @@ at which "mean squared error + KL" is a proper evidence bound of the embedding. 
 instead is eight times stronger.
 
 Separation. Equation (9) charges for information in ``z_e`` and lets ``z_c`` carry any amount free of charge, so the
-U-Net would read the environment from ``z_c`` and ``z_e`` would collapse. Three terms of ours prevent it:
+U-Net would read the environment from ``z_c`` and ``z_e`` would collapse. Four terms of ours prevent it:
 :func:`type_prior` pulls ``z_c`` to one Gaussian per type (which is also what the mixture assumes), so that it has no
-room for more than the type; :func:`type_leak` takes the type's mean out of ``z_e``; and :func:`reconstruction_loss`
-asks that ``z_c`` and ``z_e`` *together* give E back, so that ``z_e`` keeps what the type leaves open.
+room for more than the type; :func:`type_leak` takes the type's mean out of ``z_e``; :func:`reconstruction_loss` asks
+that ``z_c`` and ``z_e`` *together* give E back, so that ``z_e`` keeps what the type leaves open; and
+:func:`neighbours_loss` says which part of it is wanted: as (1) names the type for ``z_c``, it names for ``z_e`` the
+cells around. The type makes up some 95 % of the variance of E, the niche is spread over a hundred minor directions,
+and the gradient that reaches ``z_e`` through the U-Net is too noisy to find it in hours on a CPU. A linear probe reads
+the niche programmes from ``z_e`` with R2 0.46 to 0.71 with this term, 0.32 to 0.73 without it (VAEs trained alone).
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ __all__ = [
     "classification_loss",
     "fit_mixture",
     "kl_divergence",
+    "neighbours_loss",
     "probe_accuracy",
     "probe_r2",
     "reconstruction_loss",
@@ -87,10 +92,16 @@ class TypeVAE(_GaussianVAE):
 
 
 class NicheVAE(_GaussianVAE):
-    """Encoder of ``z_e``, whose prior is N(0, I)."""
+    """Encoder of ``z_e``, whose prior is N(0, I), with the network that names the cell's neighbours."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.embedding_dim, config.d_e, config.vae_hidden)
+        n_types = len(config.cell_types)
+        self.neighbours = nn.Sequential(nn.Linear(config.d_c + config.d_e, 64), nn.SiLU(), nn.Linear(64, n_types))
+
+    def expected_neighbours(self, z_c: Tensor, z_e: Tensor) -> Tensor:
+        """Standardised root counts of each type in the tile, ``[cell, type]``. No gradient goes to ``z_c``."""
+        return self.neighbours(torch.cat([z_c.detach(), z_e], dim=1))
 
 
 class StateEncoder(nn.Module):
@@ -146,17 +157,29 @@ def type_prior(q: Normal, prior_mean: Tensor, labels: Tensor, embedding_dim: int
 
 
 def type_leak(mu: Tensor, labels: Tensor) -> Tensor:
-    """How far the mean of ``mu [cell, d_e]`` differs between types: unbiased estimate of E ||mean of a type||^2 / d_e.
+    """How far the mean of ``mu [cell, d_e]`` differs between types, as a share of its mean square: 0 to about 1.
 
-    The mean of inner products over pairs of different cells of one type; 0 without such a pair. It may be negative.
+    The mean of inner products over pairs of different cells of one type, which estimates E ||mean of a type||^2 without
+    bias, over the mean square of ``mu``, which gets no gradient; 0 without such a pair. It may be negative. Without the
+    division the noise of the estimate grows with the fourth power of ``mu``'s scale, and training blows up sooner or
+    later.
     """
     same = (labels[:, None] == labels).to(mu.dtype).fill_diagonal_(0)
-    return ((mu @ mu.T) * same).sum() / same.sum().clamp_min(1) / mu.shape[1]
+    spread = mu.detach().square().sum(1).mean().clamp_min(1e-6)
+    return ((mu @ mu.T) * same).sum() / same.sum().clamp_min(1) / spread
 
 
 def reconstruction_loss(predicted: Tensor, standardised: Tensor) -> Tensor:
     """Mean squared error of the standardised embedding; 1 when nothing is explained."""
     return F.mse_loss(predicted, standardised)
+
+
+def neighbours_loss(predicted: Tensor, neighbours: Tensor) -> Tensor:
+    """Mean squared error of the neighbours' standardised root counts ``[cell, type]``; 1 when nothing is explained.
+
+    The square root makes the variance of a count independent of its size, near enough.
+    """
+    return F.mse_loss(predicted, neighbours)
 
 
 # --- the mixture of z_c ------------------------------------------------------------------------------------------

@@ -99,6 +99,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, scgpt_folder: Path, de
     model.reader = LearnedReader(net, threshold=0.02)
     embedding = model.embed(demo_cells, 0)
     model.support = Support.fit(embedding[::2], demo_cells.cell_id[::2], embedding[1::2])
+    model.report = {"neighbours": {name: {"root_mean": 1.5, "root_std": 0.7} for name in model.cell_types}}
     folder = tmp_path_factory.mktemp("bundle")
     model.save(folder)
     (folder / "MODEL_CARD.md").write_text("# Test bundle\nRandom weights, <b>no</b> meaning.\n")

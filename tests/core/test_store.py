@@ -154,6 +154,16 @@ def test_nuclei_are_relative_to_the_tile(path):
     assert (nuclei["probability"] == 1).all()
 
 
+def test_neighbours_are_the_other_nuclei_of_the_tile(path):
+    """The middle cell's tile reaches 64 px to each side: the cells at (100, 80.5) and (190.2, 150) are in it."""
+    store = TissueStore(path)
+    counts = store.neighbour_counts([5, 6])
+    expected = np.zeros((2, len(CELL_TYPES)), dtype=int)
+    expected[0, [CELL_TYPES.index("Fibroblast"), CELL_TYPES.index("Plasma cell")]] = 1
+    expected[1, CELL_TYPES.index("CD8 T cell")] = 1
+    np.testing.assert_array_equal(counts, expected)
+
+
 def test_a_tile_over_the_edge_is_refused_by_name(path):
     with pytest.raises(BadInput, match="'D0_4'.*interior"):
         TissueStore(path).tiles([0, 3])

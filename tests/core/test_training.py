@@ -108,9 +108,16 @@ def test_a_bundle_opens_draws_and_reports(finished: Trainer):
 
 def test_every_stage_was_trained(finished: Trainer, scgpt_folder: Path):
     fresh = GE2Hist.untrained(MODEL, scgpt_folder, TRAIN.seed)
-    for part in ("encoder", "autoencoder", "denoiser"):
+    # The bundle's U-Net is rounded to float16, which hides changes as small as these: look at its checkpoint.
+    main = torch.load(finished.work / "main.pt", weights_only=True)["average"]
+    after = {"autoencoder": finished.model.autoencoder.state_dict()} | {
+        part: {name.removeprefix(f"{part}."): value for name, value in main.items() if name.startswith(f"{part}.")}
+        for part in ("encoder", "denoiser")
+    }
+    for part, weights_after in after.items():
         before = getattr(fresh, part).state_dict()
-        for name, value in getattr(finished.model, part).state_dict().items():
+        assert set(before) == set(weights_after)
+        for name, value in weights_after.items():
             assert not torch.equal(value, before[name]), f"{part}.{name}"
 
 
@@ -118,6 +125,38 @@ def test_the_work_of_other_settings_is_not_mixed_in(finished: Trainer, store: Ti
     other = Trainer(store, scgpt_folder, finished.out, MODEL, replace(TRAIN, beta=0.3))
     with pytest.raises(BadInput, match="made with other data or settings: use the same, or choose another --out"):
         next(other.run())
+
+
+def test_a_run_goes_on_from_a_finished_bundle(
+    finished: Trainer, store: TissueStore, scgpt_folder: Path, tmp_path: Path
+):
+    start = GE2Hist.load(finished.out)
+    trainer = Trainer(store, scgpt_folder, tmp_path / "on", MODEL, replace(TRAIN, steps=2), start=start)
+    records = list(trainer.run())
+    assert {record.stage for record in records} == {"latents", "embeddings", "main"}
+    before, after = weights(finished.out), weights(tmp_path / "on")
+    assert before["autoencoder"] == after["autoencoder"] and before["vae"] != after["vae"]
+    on = GE2Hist.load(tmp_path / "on")
+    assert on.report["started_from"]["bundle_sha256"] == start.sha256
+    assert on.report["started_from"]["training"]["steps"] == TRAIN.steps
+    assert on.has_learned_from(store) == start.has_learned_from(store)
+    # The first step is taken from the bundle's weights: with no step to speak of, they are the bundle's.
+    still = replace(TRAIN, steps=1, learning_rate=1e-12)
+    trainer = Trainer(store, scgpt_folder, tmp_path / "still", MODEL, still, start=start)
+    for _ in trainer.run():
+        pass
+    for name, value in trainer.model.encoder.state_dict().items():
+        torch.testing.assert_close(value, start.encoder.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_a_bundle_that_does_not_fit_is_no_start(finished: Trainer, store: TissueStore, scgpt_folder: Path, tmp_path):
+    start = GE2Hist.load(finished.out)
+    with pytest.raises(BadInput, match="has another vae_hidden than this run"):
+        Trainer(store, scgpt_folder, tmp_path / "b", replace(MODEL, vae_hidden=9), TRAIN, start=start)
+    held_out = store.split()["test"][0]
+    start.report["donors"]["train"] = [held_out]
+    with pytest.raises(BadInput, match=f"has learned from donor '{held_out}', which this store holds out"):
+        Trainer(store, scgpt_folder, tmp_path / "b", MODEL, TRAIN, start=start)
 
 
 # --- equation (9) ----------------------------------------------------------------------------------------------------
@@ -131,6 +170,7 @@ def objective_and_batch(config: TrainConfig, t: int = 400) -> tuple[MainObjectiv
     return objective, {
         "embedding": rng.normal(0, "embedding", (n, 16)),
         "label": torch.tensor([0, 3, 9, 3]),
+        "neighbours": rng.normal(0, "neighbours", (n, 10)),
         "latent": rng.normal(0, "latent", shape),
         "noise": rng.normal(0, "noise", shape),
         "t": torch.full((n,), t),
@@ -141,11 +181,12 @@ def objective_and_batch(config: TrainConfig, t: int = 400) -> tuple[MainObjectiv
 
 
 def test_the_loss_is_equation_9_plus_the_named_terms():
-    config = TrainConfig(beta=0.2, gamma=0.1, type_prior=0.7, type_leak=0.4, reconstruction=0.05)
+    config = TrainConfig(beta=0.2, gamma=0.1, type_prior=0.7, type_leak=0.4, reconstruction=0.05, neighbours=0.6)
     objective, batch = objective_and_batch(config)
     terms = objective(batch)
     expected = terms["cdm"] + 0.2 * terms["cls"] + 0.1 * terms["kl"]
     expected = expected + 0.7 * terms["prior"] + 0.4 * terms["leak"] + 0.05 * terms["rec"]
+    expected = expected + 0.6 * terms["neighbours"]
     torch.testing.assert_close(terms["loss"], expected)
 
 
@@ -181,6 +222,13 @@ def test_the_encoder_learns_from_the_pictures_and_the_classifier_from_the_labels
     assert objective.encoder.type_vae.classifier[0].weight.grad is None
 
 
+def test_the_neighbours_teach_z_e_and_leave_z_c_alone():
+    objective, batch = objective_and_batch(TrainConfig())
+    objective(batch)["neighbours"].backward()
+    assert objective.encoder.niche_vae.encoder[0].weight.grad.abs().sum() > 0
+    assert objective.encoder.type_vae.encoder[0].weight.grad is None
+
+
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +246,24 @@ def test_batches_hold_training_donors_only_and_rare_types_by_the_square_root(fin
 def test_labels_follow_the_order_of_the_models_types(finished: Trainer):
     named = np.array(MODEL.cell_types, dtype=object)[finished.label]
     np.testing.assert_array_equal(named, finished.store.cells.cell_type)
+
+
+def test_neighbours_are_root_counts_standardised_over_training_cells(finished: Trainer):
+    rows, kinds = finished.rows, list(MODEL.cell_types)
+    some = np.concatenate([rows["train"][:2], rows["test"][:2]])
+    counts = finished.store.neighbour_counts(rows["train"])
+    mean, std = np.sqrt(counts).mean(axis=0), np.sqrt(counts).std(axis=0)
+    order = [finished.store.cell_types.index(name) for name in kinds]
+    expected = (np.sqrt(finished.store.neighbour_counts(some)) - mean) / np.maximum(std, 1e-6)
+    np.testing.assert_allclose(finished.neighbours[some], expected[:, order], atol=1e-5)
+    assert set(finished.model.report["separation"]["neighbours_r2"]) == set(kinds)
+    # The model's guess is on the scale of counts: the standardised root counts turned back.
+    guess = finished.model.expected_neighbours(finished.model.encode(finished.embedding[some]))
+    z = finished.model.encode(finished.embedding[some])
+    parts = torch.from_numpy(z.z_c), torch.from_numpy(z.z_e)
+    standard = finished.model.encoder.niche_vae.expected_neighbours(*parts).numpy()
+    root = standard * np.maximum(std, 1e-6)[order] + mean[order]
+    np.testing.assert_allclose(guess, np.maximum(root, 0) ** 2, rtol=1e-4, atol=1e-6)
 
 
 def test_a_batch_depends_on_its_step_alone_and_its_times_cover_the_range(finished: Trainer):

@@ -108,8 +108,19 @@ def test_shapes(n: int):
     assert encoder.niche_vae.generative(q_e.loc).shape == (n, 12)
 
 
-def test_type_leak_is_the_mean_inner_product_of_pairs_of_one_type():
-    mu, labels = torch.randn(7, 3), torch.tensor([0, 1, 0, 2, 1, 0, 3])
-    pairs = [mu[i] @ mu[j] / 3 for i in range(7) for j in range(7) if i != j and labels[i] == labels[j]]
-    assert type_leak(mu, labels).item() == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-6)
+def test_type_leak_is_the_mean_inner_product_of_pairs_of_one_type_over_the_mean_square():
+    mu, labels = rng.normal(0, "mu", (7, 3)), torch.tensor([0, 1, 0, 2, 1, 0, 3])
+    pairs = [mu[i] @ mu[j] for i in range(7) for j in range(7) if i != j and labels[i] == labels[j]]
+    expected = torch.stack(pairs).mean() / torch.stack([row @ row for row in mu]).mean()
+    assert type_leak(mu, labels).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert type_leak(1000 * mu, labels).item() == pytest.approx(expected.item(), abs=1e-6), "free of scale"
     assert type_leak(mu[[0, 1, 3]], labels[[0, 1, 3]]).item() == 0.0
+
+
+def test_type_leak_has_no_gain_from_a_larger_or_smaller_scale_and_pulls_type_means_to_zero():
+    labels = torch.arange(2).repeat(8)
+    mu = (rng.normal(0, "mu", (16, 3)) * 0.1 + torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]])[labels]).requires_grad_(True)
+    leak = type_leak(mu, labels)
+    leak.backward()
+    assert 0.9 < leak.item() <= 1.1
+    assert (mu.grad[:, 0] * mu.detach()[:, 0] > 0).all(), "a step down moves every cell towards 0 along the type's axis"
