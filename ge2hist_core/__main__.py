@@ -16,6 +16,7 @@ COMMANDS = {
     "simulate": ("ge2hist_core.simulator.command", "write a known-truth tissue as a SpatialData store"),
     "pretrain": ("ge2hist_core.pretraining", "train a small scGPT on the cells of a store"),
     "embed": ("ge2hist_core.embedding", "write scGPT embeddings of an h5ad's cells"),
+    "encode": ("ge2hist_core.encoding", "write state, type and support of an h5ad's cells, as a bundle reads them"),
     "train": ("ge2hist_core.training", "train a GE2Hist bundle on a store"),
     "train-reader": ("ge2hist_core.nuclei_training", "train the nuclei reader of a bundle on a store"),
     "demo-cells": ("ge2hist_core.demo_cells", "write example cells of donors that a bundle has not seen"),

@@ -13,7 +13,8 @@ edit multiplies expression and not its logarithm. Scaled values have no such way
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,7 @@ import scipy.sparse as sp
 from ge2hist_core.files import atomic_path, sha256_file
 from ge2hist_core.types import BadInput, Cells
 
-__all__ = ["MAX_BYTES", "H5adSource", "Preview", "open_h5ad", "write_cells"]
+__all__ = ["MAX_BYTES", "H5adSource", "Preview", "annotate_h5ad", "open_h5ad", "write_cells"]
 
 MAX_BYTES = 2**30
 MIN_KNOWN = 0.1
@@ -300,6 +301,37 @@ def write_cells(
         table.obsm["X_umap"] = umap
     with atomic_path(path) as temporary:
         table.write_h5ad(temporary, compression="gzip")
+
+
+def annotate_h5ad(
+    source: Path,
+    path: Path,
+    *,
+    obs: Mapping[str, np.ndarray] | None = None,
+    obsm: Mapping[str, np.ndarray] | None = None,
+    uns: Mapping[str, Any] | None = None,
+) -> None:
+    """A copy of an h5ad with further entries; those of the same name are replaced. The matrix is never in memory.
+
+    Raises
+    ------
+    BadInput: a file of a format before anndata 0.8, which keeps these parts otherwise.
+    """
+    import h5py
+    from anndata.io import write_elem
+
+    with atomic_path(path) as temporary:
+        shutil.copyfile(source, temporary)
+        with h5py.File(temporary, "r+") as file:
+            for part, values in (("obs", obs or {}), ("obsm", obsm or {}), ("uns", uns or {})):
+                if part not in file:
+                    write_elem(file, part, {})
+                if not isinstance(file[part], h5py.Group):
+                    raise BadInput(f"{source} is of an old format: read and write it with anndata, then use that.")
+                for name, value in values.items():
+                    write_elem(file, f"{part}/{name}", value)
+            columns = file["obs"].attrs["column-order"].tolist()
+            file["obs"].attrs["column-order"] = list(dict.fromkeys([*columns, *(obs or {})]))
 
 
 # What a file holds, before anything is chosen

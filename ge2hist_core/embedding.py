@@ -20,7 +20,6 @@ import hashlib
 import json
 import pickle
 import re
-import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ge2hist_core import rng
-from ge2hist_core.files import atomic_path, sha256_file
+from ge2hist_core.files import sha256_file
 from ge2hist_core.types import BadInput, Cells
 
 __all__ = [
@@ -470,7 +469,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from ge2hist_core.data import open_h5ad
+    from ge2hist_core.data import annotate_h5ad, open_h5ad
 
     model = ScGPT.load(args.scgpt, args.device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
     with open_h5ad(args.cells, model.vocab, gene_column=args.gene_column) as source:
@@ -494,23 +493,7 @@ def main(args: argparse.Namespace) -> None:
         "genes_known": match.matched,
         "genes_total": match.total,
     }
-    _write_embedding(args.cells, args.out, out, provenance)
-
-
-def _write_embedding(source: Path, path: Path, embedding: np.ndarray, provenance: dict[str, Any]) -> None:
-    """A copy of ``source`` with ``obsm["X_scGPT"]`` and ``uns["X_scGPT"]``; the matrix is never in memory."""
-    import h5py
-    from anndata.io import write_elem
-
-    with atomic_path(path) as temporary:
-        shutil.copyfile(source, temporary)
-        with h5py.File(temporary, "r+") as file:
-            for name, value in (("obsm", embedding), ("uns", provenance)):
-                if name not in file:
-                    write_elem(file, name, {})
-                if not isinstance(file[name], h5py.Group):
-                    raise BadInput(f"{source} is of an old format: read and write it with anndata, then embed that.")
-                write_elem(file, f"{name}/X_scGPT", value)
+    annotate_h5ad(args.cells, args.out, obsm={"X_scGPT": out}, uns={"X_scGPT": provenance})
 
 
 def _read_json(path: Path) -> dict[str, Any]:
