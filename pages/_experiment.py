@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from perturb.edits import Edit, Perturbation
+from perturb.edits import Edit, EditSet, Perturbation
 from perturb.recipe import Recipe
 
-__all__ = ["Experiment", "describe", "with_edit"]
+__all__ = ["Experiment", "describe", "with_edit", "with_set"]
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Experiment:
     Parameters
     ----------
     recipe: what is shown. path: the h5ad it was made for.
-    genes: genes with a slider, in the order in which they were added; edited genes are always among them.
+    genes: genes with a slider, in the order in which they were added; genes edited one by one are always among them.
     past, future: perturbations for undo (latest last) and redo (next last).
     """
 
@@ -63,7 +63,8 @@ class Experiment:
 
     def query(self) -> dict[str, str]:
         """The state as URL parameters: the recipe's short form, and genes that are on show but not edited."""
-        idle = [gene for gene in self.genes if gene not in self.recipe.perturbation.genes]
+        edited = {part.gene for part in self.recipe.perturbation.parts if isinstance(part, Edit)}
+        idle = [gene for gene in self.genes if gene not in edited]
         return self.recipe.to_query() | ({"genes": ",".join(quote(gene, safe="") for gene in idle)} if idle else {})
 
     @staticmethod
@@ -76,7 +77,8 @@ class Experiment:
         self._show_edited()
 
     def _show_edited(self) -> None:
-        self.genes = tuple(dict.fromkeys((*self.genes, *self.recipe.perturbation.genes)))
+        edited = (part.gene for part in self.recipe.perturbation.parts if isinstance(part, Edit))
+        self.genes = tuple(dict.fromkeys((*self.genes, *edited)))
 
 
 def with_edit(perturbation: Perturbation, gene: str, edit: Edit | None) -> Perturbation:
@@ -88,24 +90,39 @@ def with_edit(perturbation: Perturbation, gene: str, edit: Edit | None) -> Pertu
     >>> str(with_edit(p, "CD8A", Edit("CD8A", "factor", 2))), str(with_edit(p, "CD8A", None))
     ('CD8A:x2,VEGFA:x0.5', 'VEGFA:x0.5')
     """
-    edits = {one.gene: one for one in perturbation.edits}
-    if edit is None:
-        edits.pop(gene, None)
+    return _with_part(perturbation, gene, edit)
+
+
+def with_set(perturbation: Perturbation, name: str, edits: EditSet | None) -> Perturbation:
+    """The perturbation with the set called ``name`` replaced by ``edits``, in its place; None takes it out."""
+    return _with_part(perturbation, ("set", name), edits)
+
+
+def _with_part(perturbation: Perturbation, key: object, part: Edit | EditSet | None) -> Perturbation:
+    parts: dict[object, Edit | EditSet] = {
+        one.gene if isinstance(one, Edit) else ("set", one.name): one for one in perturbation.parts
+    }
+    if part is None:
+        parts.pop(key, None)
     else:
-        edits[gene] = edit
-    return Perturbation(tuple(edits.values()))
+        parts[key] = part
+    return Perturbation(tuple(parts.values()))
 
 
-def describe(edit: Edit) -> str:
-    """An edit in a few words.
+def describe(edit: Edit | EditSet) -> str:
+    """An edit, or a set of them, in a few words.
 
     Examples
     --------
     >>> describe(Edit("CD8A", "ko")), describe(Edit("VEGFA", "factor", 0.5)), describe(Edit("TGFB1", "set", 3))
     ('CD8A knocked out', 'VEGFA at 50 %', 'TGFB1 set to 3 counts')
     """
+    if isinstance(edit, EditSet):
+        return edit.name + ("" if edit.dose is None else f" at dose {edit.dose:g}")
     if edit.kind == "ko":
         return f"{edit.gene} knocked out"
     if edit.kind == "factor":
         return f"{edit.gene} at {100 * edit.amount:g} %"
+    if edit.kind == "percentile":
+        return f"{edit.gene} at percentile {edit.amount:g}"
     return f"{edit.gene} set to {edit.amount:g} counts"

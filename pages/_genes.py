@@ -78,7 +78,8 @@ def _gene_card(experiment: Experiment, profile: Profile, gene: str, edits: dict[
     if gene not in profile.genes.index:
         raise BadInput(f"These cells have no gene {gene!r}: remove it from the address.")
     row = profile.genes.loc[gene]
-    edit = next((one for one in experiment.recipe.perturbation.edits if one.gene == gene), None)
+    parts = experiment.recipe.perturbation.parts
+    edit = next((one for one in parts if isinstance(one, Edit) and one.gene == gene), None)
     share = "" if row["percentile"] != row["percentile"] else f" · {_ordinal(row['percentile'])} percentile of its type"
     with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center", gap="small"):
         st.markdown(f"**{_ui.plain(gene)}**")
@@ -100,7 +101,21 @@ def _gene_card(experiment: Experiment, profile: Profile, gene: str, edits: dict[
                 on_click=experiment.drop_gene,
                 args=(gene,),
             )
-    if row["count"]:
+    by_percentile = _by_percentile(edit, gene, row)
+    if by_percentile:
+        st.session_state[f"percentile {gene}"] = round(row["percentile"] if edit is None else edit.amount)
+        st.slider(
+            f"Level of {gene} as a percentile of the cell's type",
+            0,
+            100,
+            format="p%d",
+            key=f"percentile {gene}",
+            on_change=_ui.safely(_set_percentile),
+            args=(experiment, gene),
+            disabled=not row["known"],
+            label_visibility="collapsed",
+        )
+    elif row["count"]:
         st.session_state[f"amount {gene}"] = _percent(edit)
         st.slider(
             f"Level of {gene} in % of its counts",
@@ -142,6 +157,26 @@ def _gene_card(experiment: Experiment, profile: Profile, gene: str, edits: dict[
         )
 
 
+def _by_percentile(edit: Edit | None, gene: str, row: Any) -> bool:
+    """Whether the gene's level is set as a percentile of its type; the switch is there where percentiles are."""
+    if row["percentile"] != row["percentile"]:
+        return False
+    if edit is not None:
+        st.session_state[f"mode {gene}"] = "percentile" if edit.kind == "percentile" else "counts"
+    mode = st.segmented_control(
+        f"How to set {gene}",
+        ("counts", "percentile"),
+        default=None if edit is not None else "counts",
+        key=f"mode {gene}",
+        format_func={"counts": "% of its counts" if row["count"] else "counts", "percentile": "percentile"}.__getitem__,
+        disabled=edit is not None,
+        label_visibility="collapsed",
+        help="Percentile: the level that this share of the cells of its type stays below. Undo the edit to switch.",
+        required=True,
+    )
+    return mode == "percentile"
+
+
 def _ordinal(value: float) -> str:
     n = round(value)
     ending = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
@@ -149,7 +184,7 @@ def _ordinal(value: float) -> str:
 
 
 def _percent(edit: Edit | None) -> int:
-    if edit is None or edit.kind == "set":
+    if edit is None or edit.kind in ("set", "percentile"):
         return 100
     return 0 if edit.kind == "ko" else round(100 * edit.amount)
 
@@ -162,6 +197,11 @@ def _knock_out(experiment: Experiment, gene: str) -> None:
 def _set_level(experiment: Experiment, gene: str) -> None:
     percent = st.session_state[f"amount {gene}"]
     edit = None if percent == 100 else Edit(gene, "factor", percent / 100)
+    experiment.edit(with_edit(experiment.recipe.perturbation, gene, edit))
+
+
+def _set_percentile(experiment: Experiment, gene: str) -> None:
+    edit = Edit(gene, "percentile", st.session_state[f"percentile {gene}"])
     experiment.edit(with_edit(experiment.recipe.perturbation, gene, edit))
 
 

@@ -11,8 +11,9 @@ import streamlit as st
 
 from ge2hist_core.config import READER_CLASSES, SampleConfig
 from pages import _ui
-from pages._experiment import Experiment, describe, with_edit
+from pages._experiment import Experiment, describe, with_edit, with_set
 from perturb.colours import colour_of
+from perturb.edits import Edit
 
 if TYPE_CHECKING:
     from ge2hist_core.data import H5adSource
@@ -36,7 +37,7 @@ def niche_panel(experiment: Experiment, source: H5adSource, model: GE2Hist, prof
     """Draw the niches; the result that is shown, None while a full run is under way or when drawing failed."""
     recipe = experiment.recipe
     _title(experiment, profile)
-    result = _ui.get_result(recipe) if len(recipe.seeds) > 1 else None
+    result = _ui.get_result(recipe) if recipe != recipe.draft else None
     state = None if result is not None else _ui.job(recipe)
     running = state is not None and not state.over
     view, types, picture = _view_controls(recipe, result)
@@ -58,15 +59,17 @@ def _title(experiment: Experiment, profile: Profile) -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small", key="chips"):
         more = len(experiment.recipe.cell_ids) - 1
         st.markdown(f"#### Niche of {_ui.plain(profile.cell_id)}{f' and {more} more' * bool(more)}")
-        for edit in experiment.recipe.perturbation.edits:
+        now = experiment.recipe.perturbation
+        for part in now.parts:
+            single = isinstance(part, Edit)
             st.button(
-                _ui.plain(describe(edit)),
+                _ui.plain(describe(part)),
                 icon=":material/close:",
                 icon_position="right",
                 help="Undo this edit",
-                key=f"chip {edit.gene}",
+                key=f"chip {part.gene}" if single else f"chip set {part.name}",
                 on_click=experiment.edit,
-                args=(with_edit(experiment.recipe.perturbation, edit.gene, None),),
+                args=(with_edit(now, part.gene, None) if single else with_set(now, part.name, None),),
             )
 
 
@@ -83,6 +86,17 @@ def _view_controls(recipe: Recipe, result: Result | None) -> tuple[str, tuple[st
             required=True,
         )
         picture = 0
+        if result is not None and len(recipe.cell_ids) > 1:
+            cells = list(recipe.cell_ids)
+            cell = st.selectbox(
+                "Cell shown",
+                cells,
+                key=f"shown of {len(cells)}",
+                format_func=lambda name: f"Cell {name}",
+                label_visibility="collapsed",
+                width=190,
+            )
+            picture = cells.index(cell) * len(recipe.seeds)
         if result is not None:
             seeds = list(recipe.seeds)
             seed = st.selectbox(
@@ -93,7 +107,7 @@ def _view_controls(recipe: Recipe, result: Result | None) -> tuple[str, tuple[st
                 label_visibility="collapsed",
                 width=170,
             )
-            picture = seeds.index(seed)
+            picture += seeds.index(seed)
     types: list[str] = list(READER_CLASSES)
     if view == "nuclei":
         rules = (
@@ -137,7 +151,7 @@ def _tiles(slots: list[Any], result: Result, view: str, types: tuple[str, ...], 
             )
             n = len(getattr(result, f"{arm}_nuclei")[picture])
             what = "Difference" if shown == "difference" else title
-            st.caption(f"{what} · seed {recipe.seeds[picture]} · {n} nuclei read")
+            st.caption(f"{what} · seed {recipe.seeds[picture % len(recipe.seeds)]} · {n} nuclei read")
 
 
 def _live(slots: list[Any], recipe: Recipe) -> Callable[[Progress], None]:
@@ -190,17 +204,18 @@ def _run_bar(experiment: Experiment, source: H5adSource, model: GE2Hist, result:
             st.button("Cancel", icon=":material/stop_circle:", key="cancel", on_click=_ui.cancel, args=(recipe,))
         elif result is None:
             st.button(
-                f"Compare over {len(recipe.seeds)} seeds" if len(recipe.seeds) > 1 else "Choose more seeds to compare",
+                _run_label(recipe),
                 type="primary",
                 icon=":material/play_arrow:",
                 key="run",
                 on_click=_ui.safely(_ui.submit),
                 args=(recipe, model, source),
-                disabled=not recipe.perturbation or len(recipe.seeds) < 2,
-                help="Draws both niches from each seed's noise and compares them with intervals.",
+                disabled=not recipe.perturbation or recipe == recipe.draft,
+                help=f"Draws {2 * len(recipe.cell_ids) * len(recipe.seeds):,} niches, with and without the edit from "
+                "each seed's noise, and compares them with intervals.",
             )
         with st.popover("Settings", icon=":material/tune:"):
-            _settings(experiment)
+            _settings(experiment, source)
         if result is None and not (state is not None and not state.over):
             st.caption(
                 "Draft: one draw from one seed." if recipe.perturbation else "Draft: one draw from one seed, unedited."
@@ -215,9 +230,22 @@ def _run_bar(experiment: Experiment, source: H5adSource, model: GE2Hist, result:
             st.button("Cancel it", key="cancel other", type="tertiary", on_click=_ui.cancel, args=(other,))
 
 
-def _settings(experiment: Experiment) -> None:
+def _run_label(recipe: Recipe) -> str:
+    cells, seeds = len(recipe.cell_ids), len(recipe.seeds)
+    if recipe == recipe.draft:
+        return "Choose more seeds to compare"
+    over = f"{seeds} seed{'s' * (seeds > 1)}"
+    return f"Compare over {over}" if cells == 1 else f"Compare {cells} cells over {over}"
+
+
+def _settings(experiment: Experiment, source: H5adSource) -> None:
     recipe = experiment.recipe
+    alike = 1
+    if source.cell_type is not None:
+        of_type = source.cell_type == source.cell_type[source.index_of(recipe.cell_ids[0])]
+        alike = int((of_type & ~source.empty).sum())
     values = {
+        "n cells": len(recipe.cell_ids),
         "n seeds": len(recipe.seeds),
         "solver": recipe.sample.solver,
         "steps": recipe.sample.steps,
@@ -227,11 +255,30 @@ def _settings(experiment: Experiment) -> None:
     for name, value in values.items():
         st.session_state[name] = value
     change = {"on_change": _ui.safely(_set_sampling), "args": (experiment,)}
+    st.number_input(
+        f"Cells of this type (of {alike:,})",
+        1,
+        max(alike, len(recipe.cell_ids)),
+        key="n cells",
+        on_change=_ui.safely(_set_cells),
+        args=(experiment, source),
+        disabled=alike == 1,
+        help="The edit is made in each of them. With several cells the intervals run over cells and seeds.",
+    )
     st.selectbox("Seeds to compare", sorted({*SEED_CHOICES, len(recipe.seeds)}), key="n seeds", **change)
     st.number_input("First seed", 0, LAST_SEED, key="first seed", **change)
     st.selectbox("Solver", list(SOLVERS), key="solver", format_func=SOLVERS.__getitem__, **change)
     st.number_input("Denoising steps", 1, 1000, key="steps", **change)
     st.number_input("Guidance", 0.0, 10.0, step=0.5, key="guidance", **change)
+
+
+def _set_cells(experiment: Experiment, source: H5adSource) -> None:
+    from perturb.run import cells_like
+
+    cell_ids = cells_like(source, experiment.recipe.cell_ids[0], int(st.session_state["n cells"]))
+    recipe = replace(experiment.recipe, cell_ids=cell_ids)
+    _ui.check_recipe(recipe, source)
+    experiment.recipe = recipe
 
 
 def _set_sampling(experiment: Experiment) -> None:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from pages import _ui
+from pages._doses import dose_panel
+from perturb.edits import EditSet
 
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
     from perturb.result import Result
 
-SECTIONS = ("Charts", "All seeds", "Denoising", "Table")
+SECTIONS = ("Charts", "All seeds", "Denoising", "Table", "Doses")
 
 
 def results(result: Result, model: GE2Hist) -> None:
@@ -22,15 +24,22 @@ def results(result: Result, model: GE2Hist) -> None:
     _headline(result)
     for warning in result.warnings:
         st.caption(f":material/warning: {_ui.plain(warning)}")
+    dosed = [part for part in result.recipe.perturbation.parts if isinstance(part, EditSet) and part.dose is not None]
+    shown = SECTIONS if dosed else SECTIONS[:-1]
+    if st.session_state.get("section") not in shown:
+        st.session_state["section"] = SECTIONS[0]
     section = st.segmented_control(
-        "Results", SECTIONS, default=SECTIONS[0], key="section", label_visibility="collapsed", required=True
+        "Results", shown, default=SECTIONS[0], key="section", label_visibility="collapsed", required=True
     )
-    {"Charts": _charts, "All seeds": _all_seeds, "Denoising": _denoising, "Table": _table}[section](result, model)
+    {"Charts": _charts, "All seeds": _all_seeds, "Denoising": _denoising, "Table": _table, "Doses": dose_panel}[
+        section
+    ](result, model)
     _ui.downloads(result)
 
 
 def _headline(result: Result) -> None:
     rows = result.comparison.set_index("readout")
+    over = "seeds" if len(result.recipe.cell_ids) == 1 else "cells and seeds"
     shares = rows[rows.index.str.startswith("fraction:")]
     wanted = [("density", "Density", 1, "{:,.0f}", " cells/mm²"), ("spacing", "Nearest neighbour", 1, "{:.2f}", " µm")]
     if len(shares) and shares["effect"].notna().any():
@@ -52,7 +61,7 @@ def _headline(result: Result) -> None:
             delta_color="off",
             delta_arrow="off",
             help="Mean before and after; below, the mean paired difference"
-            + (" with its 95 % interval over seeds." if interval else ", of one seed alone."),
+            + (f" with its 95 % interval over {over}." if interval else ", of one seed alone."),
         )
 
 
@@ -77,7 +86,11 @@ def _charts(result: Result, model: GE2Hist) -> None:
 def _all_seeds(result: Result, model: GE2Hist) -> None:
     for column, arm, title in zip(st.columns(2), ("base", "edited"), ("Before", "After"), strict=True):
         column.image(_ui.sheet_png(result.recipe.hash, arm, result), width="stretch", alt=f"All seeds, {title}")
-        column.caption(f"{title}: seeds {_span(result.recipe.seeds)}, row by row; the same place has the same noise.")
+        cells = len(result.recipe.cell_ids)
+        each = f"{cells} cells, each with seeds" if cells > 1 else "seeds"
+        column.caption(
+            f"{title}: {each} {_span(result.recipe.seeds)}, row by row; the same place has the same cell and noise."
+        )
 
 
 def _span(seeds: tuple[int, ...]) -> str:

@@ -176,7 +176,7 @@ def _cells(
 
 def get_profile(recipe: Recipe, model: GE2Hist, source: H5adSource) -> Profile:
     """The recipe's first cell before any edit."""
-    first = replace(recipe, cell_ids=recipe.cell_ids[:1]).base.draft
+    first = recipe.base.draft
     return _profile(first.hash, recipe.encoder_seed, get_cells(first, source), model)
 
 
@@ -189,14 +189,14 @@ def _profile(recipe_hash: str, seed: int, _cells: Cells, _model: GE2Hist) -> Pro
 
 def get_edits(recipe: Recipe, model: GE2Hist, source: H5adSource) -> dict[str, dict[str, Any]]:
     """What the encoder sees of each edited gene of the first cell; see :func:`perturb.tables.edit_table`."""
-    return _edits(replace(recipe, cell_ids=recipe.cell_ids[:1]).draft.hash, recipe, model, get_cells(recipe, source))
+    return _edits(recipe.draft.hash, recipe, model, get_cells(recipe, source))
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
 def _edits(recipe_hash: str, _recipe: Recipe, _model: GE2Hist, _cells: Cells) -> dict[str, dict[str, Any]]:
     from perturb.tables import edit_table
 
-    table = edit_table(_recipe.perturbation, _cells.take([0]), _model, _recipe.encoder_seed)
+    table = edit_table(_recipe.perturbation, _cells.take([0]), _model, _recipe.encoder_seed, _cells)
     return table.drop(columns="cell_id").set_index("gene").to_dict("index")
 
 
@@ -398,8 +398,9 @@ def _from_query(query: dict[str, str], model: GE2Hist) -> Experiment:
 
 
 def check_recipe(recipe: Recipe, source: H5adSource) -> None:
-    """Refuse a recipe whose cells or genes the file does not have."""
-    recipe.perturbation.apply(source.take([source.index_of(cell) for cell in recipe.cell_ids]))
+    """Refuse a recipe whose cells, genes or percentiles the file does not have."""
+    cells = get_cells(recipe, source)
+    recipe.perturbation.apply(cells.take(slice(len(recipe.cell_ids))), cells)
 
 
 def new_experiment(path: Path, model: GE2Hist) -> Experiment:

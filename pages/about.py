@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-from pathlib import Path
-from typing import Any
+import re
 
 import streamlit as st
 
@@ -55,14 +53,15 @@ def page() -> None:
     st.markdown("##### Limits")
     st.markdown(LIMITS)
     folder = _ui.bundle_folder()
-    st.markdown("##### Measured on held-out donors")
-    _evaluation(folder)
-    st.markdown("##### Model card")
     card = folder / "MODEL_CARD.md"
     if card.is_file():
-        with st.expander("Read the model card", expanded=False):
-            st.markdown(card.read_text(encoding="utf-8"))
+        # The card's own headings, two levels down: the page has a title already.
+        text = card.read_text(encoding="utf-8")
+        st.markdown(
+            re.sub(r"^#+ ", lambda match: "####" + match[0], text, flags=re.MULTILINE).replace("######", "#####")
+        )
     else:
+        st.markdown("##### Model card")
         st.caption(f"The bundle folder {_ui.plain(folder)} holds no model card.")
     st.markdown("##### Data and privacy")
     st.markdown(PRIVACY)
@@ -79,28 +78,6 @@ def page() -> None:
     st.markdown("##### Settings and versions")
     st.markdown(SETTINGS)
     st.caption(" · ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES))
-
-
-def _evaluation(folder: Path) -> None:
-    path = folder / "evaluation.json"
-    if not path.is_file():
-        st.caption("This bundle was not evaluated yet: `python -m ge2hist_core evaluate` does it.")
-        return
-    rows = list(_flat(json.loads(path.read_text(encoding="utf-8"))))
-    st.dataframe(
-        {"figure": [name for name, _ in rows], "value": [value for _, value in rows]}, hide_index=True, height=360
-    )
-
-
-def _flat(value: Any, name: str = "") -> Any:
-    """Nested JSON as ``(dotted name, text)``; lists of more than eight entries only say how long they are."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _flat(item, f"{name} {key}".strip())
-    elif isinstance(value, list) and len(value) > 8:
-        yield name, f"{len(value)} entries"
-    else:
-        yield name, f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 with _ui.guard():

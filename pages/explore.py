@@ -9,6 +9,7 @@ from pages._cells import cell_panel, data_panel, upload
 from pages._genes import gene_panel
 from pages._niche import niche_panel
 from pages._results import results
+from pages._signatures import signature_panel
 
 
 def page() -> None:
@@ -31,6 +32,7 @@ def page() -> None:
     genes, niche = st.columns([1, 2.35], gap="medium")
     with genes, _ui.guard():
         gene_panel(experiment, profile, _ui.get_edits(experiment.recipe, model, source))
+        signature_panel(experiment, source.genes)
     with niche:
         shown = niche_panel(experiment, source, model, profile)
     if shown is not None:

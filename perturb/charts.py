@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 
 from perturb.colours import colour_of
 
-__all__ = ["THEMES", "composition", "density", "effects", "spacing"]
+__all__ = ["THEMES", "composition", "density", "dose_response", "effects", "spacing"]
 
 THEMES = {
     "light": {"template": "plotly_white", "ink": "#222222", "muted": "#8A8A8A", "grid": "#E4E4E4"},
@@ -185,6 +185,53 @@ def effects(comparison: pd.DataFrame, theme: str = "light") -> go.Figure:
         figure.update_yaxes(type="category", row=i, col=1)
     _finish(figure, theme, "Paired effects")
     return figure.update_layout(height=130 + 75 * len(groups) + 24 * len(comparison))
+
+
+def dose_response(
+    table: pd.DataFrame,
+    readout: str,
+    dose_unit: str,
+    theme: str = "light",
+    curve: tuple[np.ndarray, np.ndarray] | None = None,
+) -> go.Figure:
+    """Effect of each dose on one readout, edited minus unedited, with interval.
+
+    Parameters
+    ----------
+    table: ``dose, readout, unit, effect, low, high, n, ...`` (:func:`perturb.doses.run_doses`).
+    curve: ``(dose, effect)`` of a fitted curve to draw behind the points.
+    """
+    rows = table[table["readout"] == readout].sort_values("dose")
+    scale = 100.0 if readout.startswith("fraction") else 1.0
+    rows = rows.assign(**{name: rows[name] * scale for name in ("effect", "low", "high")})
+    unit = "percentage points" if scale == 100.0 else _unit(rows)
+    figure = go.Figure()
+    figure.add_hline(y=0, line={"color": THEMES[theme]["muted"], "dash": "dot"})
+    if curve is not None:
+        figure.add_scatter(
+            x=curve[0],
+            y=curve[1] * scale,
+            mode="lines",
+            name="Hill curve",
+            line={"color": THEMES[theme]["muted"], "width": 2},
+            hoverinfo="skip",
+        )
+    figure.add_scatter(
+        x=rows["dose"],
+        y=rows["effect"],
+        error_y=_error(rows, "effect", theme),
+        customdata=rows[["low", "high", "n"]],
+        mode="markers+lines" if curve is None else "markers",
+        name="Mean paired effect",
+        marker={"size": 10, "color": _colour(readout.partition(":")[2] or ALL, theme)},
+        line={"width": 1, "color": THEMES[theme]["muted"]},
+        hovertemplate=_hover("Edited - unedited", "Dose %{x:g}", "%{y:.3g}", ":.3g", unit),
+    )
+    figure.update_xaxes(title_text=f"Dose ({dose_unit})")
+    figure.update_yaxes(title_text=f"Edited - unedited ({unit})")
+    kind, _, name = readout.partition(":")
+    title = f"Share of {name}" if kind == "fraction" else f"Density of {name}" if name else _label(readout)
+    return _finish(figure, theme, f"Dose response: {title}")
 
 
 def _label(readout: str) -> str:

@@ -101,6 +101,12 @@ class Worker:
                 self._thread.start()
             self._changed.notify_all()
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Jobs that are remembered, the oldest first."""
+        with self._changed:
+            return tuple(self._jobs)
+
     def state(self, key: str) -> JobState | None:
         """State of a job, None for one that was never asked for or is forgotten (look on disk then)."""
         with self._changed:

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from ge2hist_core.types import Cells
-from perturb.tables import MIN_REFERENCE, OUTSIDE
+from perturb.edits import MIN_REFERENCE
+from perturb.tables import OUTSIDE
 
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist

@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote
 
 from ge2hist_core.config import SampleConfig, from_json, to_json
 from ge2hist_core.types import BadInput
-from perturb.edits import Edit, Perturbation
+from perturb.edits import Edit, EditSet, Perturbation
 
 __all__ = ["DEFAULT_SEEDS", "MAX_PICTURES", "SCHEMA", "Recipe"]
 
@@ -41,7 +41,7 @@ class Recipe:
     data_sha256: of the file that holds the cells.
     model_sha256: of the bundle.
     cell_ids: names of the cells; every cell is drawn with every seed.
-    perturbation: edits of the edited arm; empty for none.
+    perturbation: edits of the edited arm, one by one or in named sets; empty for none.
     sample: solver, steps and guidance.
     seeds: one picture per cell, arm and seed; both arms share all of the noise of a seed.
     encoder_seed: of tie-breaking and gene subsampling in the encoder, and of the resampling in the statistics.
@@ -96,8 +96,8 @@ class Recipe:
 
     @property
     def draft(self) -> Recipe:
-        """The same with the first seed alone, for a quick look."""
-        return replace(self, seeds=self.seeds[:1])
+        """The same with the first cell and the first seed alone, for a quick look."""
+        return replace(self, cell_ids=self.cell_ids[:1], seeds=self.seeds[:1])
 
     @property
     def hash(self) -> str:
@@ -110,7 +110,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, as in the JSON."""
-        return to_json(self) | {"perturbation": [to_json(edit) for edit in self.perturbation.edits]}
+        return to_json(self) | {"perturbation": [to_json(part) for part in self.perturbation.parts]}
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -130,11 +130,11 @@ class Recipe:
         missing = [name for name in ("data_sha256", "model_sha256", "cell_ids") if name not in value]
         if missing:
             raise BadInput(f"The recipe has no field {missing[0]!r}: give a recipe.json that GE2Hist wrote.")
-        edits, sample = value.get("perturbation", []), value.get("sample", {})
-        if not isinstance(edits, list) or not all(isinstance(edit, dict) for edit in (*edits, sample)):
+        parts, sample = value.get("perturbation", []), value.get("sample", {})
+        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in (*parts, sample)):
             raise BadInput("The recipe's perturbation or sample is malformed: give a recipe.json that GE2Hist wrote.")
         try:
-            value["perturbation"] = Perturbation(tuple(from_json(Edit, edit) for edit in edits))
+            value["perturbation"] = Perturbation(tuple(map(_part, parts)))
             value["sample"] = from_json(SampleConfig, sample)
         except TypeError as error:
             raise BadInput(f"A field of the recipe is missing or of another type ({error}).") from None
@@ -200,6 +200,12 @@ class Recipe:
         )
 
 
+def _part(value: dict[str, Any]) -> Edit | EditSet:
+    if "edits" not in value:
+        return from_json(Edit, value)
+    return from_json(EditSet, value | {"edits": [from_json(Edit, edit) for edit in value["edits"]]})
+
+
 def _check_schema(schema: object) -> None:
     if type(schema) is not int or schema != SCHEMA:
         raise BadInput(
@@ -261,7 +267,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``python -m perturb recipe``."""
     sample = SampleConfig()
     parser.add_argument("--cell", action="append", required=True, help="cell id; may be given several times")
-    parser.add_argument("--edit", default="", help="for example CD8A:ko,VEGFA:x0.5,TGFB1:set=3")
+    parser.add_argument("--edit", default="", help="for example CD8A:ko,VEGFA:x0.5,TGFB1:set=3,MYC:p90")
     parser.add_argument("--seeds", default=_print_seeds(DEFAULT_SEEDS), help="for example 0-15")
     parser.add_argument("--solver", default=sample.solver, help="ddpm, ddim or dpm++")
     parser.add_argument("--steps", type=int, default=sample.steps)
@@ -275,6 +281,7 @@ def main(args: argparse.Namespace) -> None:
     """Print the recipe of the given options."""
     from ge2hist_core.data import open_h5ad
     from ge2hist_core.model import GE2Hist
+    from perturb.run import cells_for
 
     model = GE2Hist.load(args.bundle)
     with open_h5ad(args.cells, model.scgpt.vocab) as source:
@@ -287,5 +294,6 @@ def main(args: argparse.Namespace) -> None:
             seeds=_parse_seeds(args.seeds),
             encoder_seed=args.encoder_seed,
         )
-        recipe.perturbation.apply(source.take([source.index_of(cell) for cell in args.cell]))
+        chosen = cells_for(source, recipe.cell_ids)
+        recipe.perturbation.apply(chosen.take(slice(len(recipe.cell_ids))), chosen)
     print(json.dumps(recipe.to_dict(), indent=1, ensure_ascii=False))

@@ -23,11 +23,11 @@ from markupsafe import Markup
 from ge2hist_core.files import atomic_path
 from ge2hist_core.types import Niche
 from perturb import charts, pictures
-from perturb.edits import Edit
+from perturb.edits import Edit, EditSet
 from perturb.result import TABLES, Result
 from perturb.tables import LEVEL
 
-__all__ = ["html", "report_files", "write_report", "zip_bytes"]
+__all__ = ["csv_bytes", "html", "report_files", "write_report", "zip_bytes"]
 
 NOTICE = "Generated, not diagnostic"
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -60,6 +60,7 @@ def html(result: Result) -> str:
             question=_question(result),
             result=result,
             n_seeds=len(recipe.seeds),
+            n_cells=len(recipe.cell_ids),
             level=f"{100 * LEVEL:g} %",
             cells=[_cell_pictures(result, c) for c in range(min(FEW_CELLS, len(recipe.cell_ids)))],
             more_cells=max(0, len(recipe.cell_ids) - FEW_CELLS),
@@ -83,8 +84,8 @@ def report_files(result: Result) -> dict[str, bytes]:
     files = {
         "report.html": html(result).encode(),
         "recipe.json": (json.dumps(result.recipe.to_dict(), indent=1, ensure_ascii=False) + "\n").encode(),
-        "nuclei.csv": _csv(_nuclei(result)),
-    } | {f"{name}.csv": _csv(getattr(result, name)) for name in TABLES}
+        "nuclei.csv": csv_bytes(_nuclei(result)),
+    } | {f"{name}.csv": csv_bytes(getattr(result, name)) for name in TABLES}
     n = len(result.recipe.seeds)
     for arm, title in (("base", "unedited"), ("edited", "edited")):
         for i, niche in enumerate(getattr(result, arm)):
@@ -138,16 +139,21 @@ def _number(value: object) -> str:
     return str(value)
 
 
-def _in_words(edit: Edit) -> str:
+def _in_words(edit: Edit | EditSet) -> str:
+    if isinstance(edit, EditSet):
+        dose = "" if edit.dose is None else f" at dose {edit.dose:g}"
+        return f"{edit.name}{dose} acts on {len(edit.edits)} genes"
     if edit.kind == "ko":
         return f"{edit.gene} is knocked out"
     if edit.kind == "factor":
         return f"{edit.gene} is set to {100 * edit.amount:g} % of its counts"
+    if edit.kind == "percentile":
+        return f"{edit.gene} is set to percentile {edit.amount:g} of the cell's type"
     return f"{edit.gene} is set to {edit.amount:g} counts"
 
 
 def _question(result: Result) -> str:
-    cells, edits = result.recipe.cell_ids, result.recipe.perturbation.edits
+    cells, edits = result.recipe.cell_ids, result.recipe.perturbation.parts
     subject = f"cell {cells[0]}" if len(cells) == 1 else f"{len(cells)} cells"
     what = "when " + ", then ".join(map(_in_words, edits)) if edits else "when nothing is edited"
     return f"How does the model draw the niche of {subject} {what}?"
@@ -209,7 +215,7 @@ def _nuclei(result: Result) -> pd.DataFrame:
     return table[["arm", "cell_id", "seed", *table.columns.difference(["arm", "cell_id", "seed"], sort=False)]]
 
 
-def _csv(table: pd.DataFrame) -> bytes:
+def csv_bytes(table: pd.DataFrame) -> bytes:
     """CSV whose text entries no spreadsheet takes for a formula."""
     safe = table.copy()
     for name in safe.select_dtypes("object").columns:

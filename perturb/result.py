@@ -12,7 +12,7 @@ from ge2hist_core.types import NUCLEI_COLUMNS, Latent, Niche
 from perturb.cache import DiskCache
 from perturb.recipe import Recipe
 
-__all__ = ["Arm", "Result", "load_arm", "load_result", "store_result"]
+__all__ = ["Arm", "Result", "load_arm", "load_result", "pack_table", "store_result", "unpack_table"]
 
 TABLES = ("readouts", "summary", "comparison", "states", "edits")
 
@@ -169,18 +169,20 @@ def load_result(recipe_hash: str, cache: DiskCache) -> Result | None:
         warnings=tuple(stored["warnings"]),
         provenance=stored["provenance"],
         model_card=stored["model_card"],
-        **{name: _unpack(table) for name, table in stored["tables"].items()},
+        **{name: unpack_table(table) for name, table in stored["tables"].items()},
     )
 
 
-def _pack(table: pd.DataFrame) -> dict[str, Any]:
+def pack_table(table: pd.DataFrame) -> dict[str, Any]:
+    """A table as JSON holds it: per column its type and values, None for NaN."""
     return {
         name: [str(column.dtype), [None if value != value else value for value in column.tolist()]]
         for name, column in table.items()
     }
 
 
-def _unpack(packed: dict[str, Any]) -> pd.DataFrame:
+def unpack_table(packed: dict[str, Any]) -> pd.DataFrame:
+    """Inverse of :func:`pack_table`."""
     return pd.DataFrame({name: pd.Series(values, dtype=dtype) for name, (dtype, values) in packed.items()})
 
 
@@ -189,7 +191,7 @@ def store_result(result: Result, cache: DiskCache) -> None:
     value = {
         "recipe": result.recipe.to_json(),
         "um_per_px": result.um_per_px,
-        "tables": {name: _pack(getattr(result, name)) for name in TABLES},
+        "tables": {name: pack_table(getattr(result, name)) for name in TABLES},
         "warnings": list(result.warnings),
         "provenance": result.provenance,
         "model_card": result.model_card,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ge2hist_core import rng
 from ge2hist_core.types import BadInput, Cells, Latent
 from perturb.cache import DiskCache
 from perturb.recipe import Recipe
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ge2hist_core.data import H5adSource
     from ge2hist_core.model import GE2Hist, Preview
 
-__all__ = ["Progress", "cells_for", "replay", "run"]
+__all__ = ["Progress", "cells_for", "cells_like", "open_recipe", "print_progress", "replay", "run"]
 
 FRAMES = 24
 """Steps of the first picture that are kept for replay, at most."""
@@ -61,7 +62,8 @@ def run(
 
     Parameters
     ----------
-    cells: hold at least the recipe's cells; further cells of the same types give the percentiles.
+    cells: hold at least the recipe's cells; further cells of the same types give the percentiles. Take them from
+        :func:`cells_for`: an edit to a percentile depends on them.
     cache: arms and results are taken from it and kept in it.
     on_progress: called after each denoising step, in this thread.
     cancel: when set, the run ends at the next denoising step.
@@ -77,7 +79,7 @@ def run(
             "load that bundle or make the recipe again."
         )
     chosen = _choose(cells, recipe.cell_ids)
-    edited_cells = recipe.perturbation.apply(chosen)
+    edited_cells = recipe.perturbation.apply(chosen, cells)
     states = {"base": (recipe.base, chosen), "edited": (recipe, edited_cells)}
     kept = {name: load_arm(one, cache) for name, (one, _) in states.items()}
     arms = {name: arm for name, arm in kept.items() if arm is not None}
@@ -112,6 +114,28 @@ def cells_for(source: H5adSource, cell_ids: Sequence[str]) -> Cells:
             peers = np.flatnonzero((source.cell_type == cell_type) & ~source.empty)
             rows += np.setdiff1d(peers, rows)[:PEERS].tolist()
     return source.take(rows)
+
+
+def cells_like(source: H5adSource, cell_id: str, n: int) -> tuple[str, ...]:
+    """The cell and ``n - 1`` others of its type, drawn at random from those with counts; the same ones every time.
+
+    Raises
+    ------
+    BadInput: no such cell, a file without types, fewer such cells.
+    """
+    row = source.index_of(cell_id)
+    if n == 1:
+        return (cell_id,)
+    if source.cell_type is None:
+        raise BadInput(f"{source.path.name} gives no cell types: choose the cells by name.")
+    peers = np.flatnonzero((source.cell_type == source.cell_type[row]) & ~source.empty)
+    others = rng.stream(0, "cells like", str(cell_id)).permutation(peers[peers != row])
+    if not 1 <= n <= len(others) + 1:
+        raise BadInput(
+            f"{n} cells of type {source.cell_type[row]!r} were asked for, the file has {len(others) + 1} with counts: "
+            "choose fewer."
+        )
+    return (cell_id, *source.cell_id[others[: n - 1]].tolist())
 
 
 def _choose(cells: Cells, cell_ids: tuple[str, ...]) -> Cells:
@@ -191,16 +215,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", help="folder in which finished arms are kept and looked up")
 
 
-def main(args: argparse.Namespace) -> None:
-    """Run a recipe and write its report.
+def open_recipe(args: argparse.Namespace) -> tuple[Recipe, GE2Hist, Cells]:
+    """Recipe, model and cells named on the command line (``recipe``, ``bundle``, ``cells``).
 
     Raises
     ------
-    BadInput: a recipe, bundle or data file that cannot be used, or that do not belong together.
+    BadInput: one that cannot be used, or that do not belong together.
     """
     from ge2hist_core.data import open_h5ad
     from ge2hist_core.model import GE2Hist
-    from perturb.report import write_report
 
     recipe = Recipe.read(args.recipe)
     model = GE2Hist.load(args.bundle)
@@ -211,7 +234,11 @@ def main(args: argparse.Namespace) -> None:
                 f"The recipe was made with data {recipe.data_sha256[:12]}, but {args.cells} is {source.sha256[:12]}: "
                 "give --cells the file of the recipe."
             )
-        cells = cells_for(source, recipe.cell_ids)
+        return recipe, model, cells_for(source, recipe.cell_ids)
+
+
+def print_progress() -> Callable[[Progress], None]:
+    """Prints every twentieth of the work on standard error."""
     last = -1
 
     def show(progress: Progress) -> None:
@@ -221,6 +248,20 @@ def main(args: argparse.Namespace) -> None:
             print(f"{percent:3d} %  {progress.text}", file=sys.stderr, flush=True)
         last = percent
 
-    result = run(recipe, model, cells, cache=DiskCache(args.cache) if args.cache else None, on_progress=show)
+    return show
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run a recipe and write its report.
+
+    Raises
+    ------
+    BadInput: a recipe, bundle or data file that cannot be used, or that do not belong together.
+    """
+    from perturb.report import write_report
+
+    recipe, model, cells = open_recipe(args)
+    cache = DiskCache(args.cache) if args.cache else None
+    result = run(recipe, model, cells, cache=cache, on_progress=print_progress())
     for path in write_report(result, args.out):
         print(path)

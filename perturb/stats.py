@@ -1,7 +1,7 @@
-"""Paired statistics over noise seeds: effect with interval, sign-flip p-value, false discovery rate.
+"""Paired statistics over noise seeds and cells: effect with interval, sign-flip p-value, false discovery rate.
 
-What they speak about is the model: the same cell drawn again with other noise. They say nothing about other cells,
-donors or repeated biological experiments.
+What they speak about is the model: the same cell drawn again with other noise, or other cells like the chosen ones.
+They say nothing about donors or repeated biological experiments.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from scipy.stats import t as student_t
 
 from ge2hist_core import rng
 
-__all__ = ["EXACT_UP_TO", "Estimate", "bh_fdr", "bootstrap_mean", "paired_effect", "sign_flip_p"]
+__all__ = [
+    "EXACT_UP_TO",
+    "Estimate",
+    "bh_fdr",
+    "bootstrap_mean",
+    "crossed_effect",
+    "crossed_mean",
+    "sign_flip_p",
+]
 
 EXACT_UP_TO = 16
 """All ``2**n`` sign patterns are counted up to this many pairs, above that they are sampled."""
@@ -58,28 +66,84 @@ def bootstrap_mean(values: np.ndarray, seed: int, level: float = 0.95) -> Estima
     if n < 2:
         return Estimate(mean, float("nan"), float("nan"), n, level)
     picks = rng.stream(seed, "bootstrap", n).integers(0, n, size=(N_BOOTSTRAP, n))
-    tail = norm.cdf(np.sqrt(n / (n - 1)) * student_t.ppf((1 - level) / 2, n - 1))
+    tail = _expanded_tail(n, level)
     low, high = np.quantile(values[picks].mean(axis=1), [tail, 1 - tail])
     return Estimate(mean, float(low), float(high), n, level)
 
 
-def paired_effect(base: np.ndarray, edited: np.ndarray, seed: int, level: float = 0.95) -> Estimate:
-    """Mean of ``edited - base`` over pairs of the same noise, with interval and sign-flip p.
+def _expanded_tail(n: int, level: float) -> float:
+    return float(norm.cdf(np.sqrt(n / (n - 1)) * student_t.ppf((1 - level) / 2, n - 1)))
+
+
+def crossed_mean(values: np.ndarray, seed: int, level: float = 0.95) -> Estimate:
+    """Mean over cells and seeds, with an interval over both.
+
+    Every cell is drawn with every seed, so the values are crossed. Cells and seeds are resampled independently of each
+    other (the pigeonhole bootstrap, Owen 2007, doi:10.1214/07-AOAS122), which is somewhat wide where neither matters
+    and right where cells, or seeds, differ. Its levels are expanded as in :func:`bootstrap_mean`, for the number of
+    cells. With one cell it is :func:`bootstrap_mean` over the seeds.
 
     Parameters
     ----------
-    base, edited: ``[seed]`` in the same unit and order. A pair with NaN on either side is left out.
+    values: ``[cell, seed]``; NaN (undefined readout) is left out.
+
+    Returns
+    -------
+    Estimate: ``n`` counts the defined values; no interval where there is a single cell and a single seed.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    n_cells, n_seeds = values.shape
+    if n_cells == 1:
+        return bootstrap_mean(values[0], seed, level)
+    if n_seeds == 1:
+        return bootstrap_mean(values[:, 0], seed, level)
+    defined = np.isfinite(values)
+    n = int(defined.sum())
+    if n == 0:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0, level)
+    draws = rng.stream(seed, "crossed bootstrap", n_cells, n_seeds)
+    cells = _weights(draws, n_cells)
+    seeds = _weights(draws, n_seeds)
+    total = np.einsum("bc,cs,bs->b", cells, np.where(defined, values, 0.0), seeds)
+    count = np.einsum("bc,cs,bs->b", cells, defined.astype(float), seeds)
+    means = total[count > 0] / count[count > 0]
+    tail = _expanded_tail(n_cells, level)
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Estimate(float(values[defined].mean()), float(low), float(high), n, level)
+
+
+def _weights(draws: np.random.Generator, n: int) -> np.ndarray:
+    """How often each of ``n`` is drawn in ``n`` draws with replacement, ``[resample, n]``."""
+    return draws.multinomial(n, np.full(n, 1.0 / n), size=N_BOOTSTRAP).astype(np.float64)
+
+
+def crossed_effect(base: np.ndarray, edited: np.ndarray, seed: int, level: float = 0.95) -> Estimate:
+    """Mean of ``edited - base`` over cells and seeds, interval of :func:`crossed_mean`, sign-flip p.
+
+    The unit that p flips is the cell (its mean over seeds) where there are several, else the seed: draws of one cell do
+    not stand in for other cells.
+
+    Parameters
+    ----------
+    base, edited: ``[cell, seed]`` in the same unit and order. A pair with NaN on either side is left out.
 
     Raises
     ------
     ValueError: arrays of different shape.
     """
     base, edited = np.asarray(base, dtype=np.float64), np.asarray(edited, dtype=np.float64)
-    if base.shape != edited.shape or base.ndim != 1:
-        raise ValueError(f"pairs need two [seed] arrays, got shapes {base.shape} and {edited.shape}")
+    if base.shape != edited.shape or base.ndim != 2:
+        raise ValueError(f"pairs need two [cell, seed] arrays, got shapes {base.shape} and {edited.shape}")
     difference = edited - base
-    found = bootstrap_mean(difference, seed, level)
-    return Estimate(found.value, found.low, found.high, found.n, level, sign_flip_p(difference, seed))
+    found = crossed_mean(difference, seed, level)
+    units = difference[0] if len(difference) == 1 else _row_means(difference)
+    return Estimate(found.value, found.low, found.high, found.n, level, sign_flip_p(units, seed))
+
+
+def _row_means(values: np.ndarray) -> np.ndarray:
+    defined = np.isfinite(values)
+    n = defined.sum(axis=1)
+    return np.where(n > 0, np.where(defined, values, 0.0).sum(axis=1) / np.maximum(n, 1), np.nan)
 
 
 def sign_flip_p(difference: np.ndarray, seed: int) -> float:

@@ -14,10 +14,10 @@ from ge2hist_core.config import READER_CLASSES
 from ge2hist_core.niche import niche_stats
 from ge2hist_core.types import Cells
 from perturb.cache import engine_fingerprint
-from perturb.edits import Perturbation
+from perturb.edits import MIN_REFERENCE, Perturbation
 from perturb.recipe import Recipe
 from perturb.result import Arm, Result
-from perturb.stats import bh_fdr, bootstrap_mean, paired_effect
+from perturb.stats import bh_fdr, crossed_effect, crossed_mean
 
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
@@ -39,9 +39,6 @@ UNITS = {"density": "cells/mm²", "fraction": "fraction", "spacing": "µm", "spa
 
 OUTSIDE = 0.05
 """A conformal p-value below this says: fewer than 1 in 20 cells of the training data lie as far out."""
-
-MIN_REFERENCE = 20
-"""Cells of a type from which a percentile within the type is stated."""
 
 
 def compare(
@@ -95,7 +92,7 @@ def edit_table(
     -------
     DataFrame with the columns of :attr:`Result.edits`; bins are 0 (not seen) to 50.
     """
-    edited = perturbation.apply(chosen)
+    edited = perturbation.apply(chosen, reference)
     known = dict(zip(chosen.genes, np.asarray(model.scgpt.match(chosen.genes).ids) >= 0, strict=True))
     bins = [model.scgpt.bins(cells, seed) for cells in (chosen, edited)] if perturbation else []
     rows = []
@@ -144,9 +141,10 @@ def readout_table(recipe: Recipe, arms: dict[str, Arm], um_per_px: float) -> pd.
 def statistics(recipe: Recipe, readouts: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """``summary`` and ``comparison`` of :class:`Result`.
 
-    The unit of replication is the seed: values are first averaged over the recipe's cells. In the comparison a picture
-    pair counts where the readout is defined in both pictures, and ``effect = edited - base`` over the same pairs.
-    A type that no picture of either arm shows is left out, it would only add tests.
+    Intervals run over seeds and, where the recipe names several cells, over cells and seeds (see
+    :func:`perturb.stats.crossed_mean`). In the comparison a picture pair counts where the readout is defined in both
+    pictures, and ``effect = edited - base`` over the same pairs. A type that no picture of either arm shows is left
+    out, it would only add tests.
     """
     shape = (len(recipe.cell_ids), len(recipe.seeds))
     summary, comparison = [], []
@@ -156,23 +154,22 @@ def statistics(recipe: Recipe, readouts: pd.DataFrame) -> tuple[pd.DataFrame, pd
             continue
         unit = rows["unit"].iloc[0]
         for arm, value in values.items():
-            found = bootstrap_mean(_mean(value), recipe.encoder_seed, LEVEL)
+            found = crossed_mean(value, recipe.encoder_seed, LEVEL)
             summary.append((arm, readout, unit, found.value, found.low, found.high, found.n))
         defined = np.isfinite(values["base"]) & np.isfinite(values["edited"])
-        base, edited = (_mean(np.where(defined, values[arm], np.nan)) for arm in ("base", "edited"))
-        found = paired_effect(base, edited, recipe.encoder_seed, LEVEL)
-        means = (float(_mean(base)), float(_mean(edited)))
+        base, edited = (np.where(defined, values[arm], np.nan) for arm in ("base", "edited"))
+        found = crossed_effect(base, edited, recipe.encoder_seed, LEVEL)
+        means = (_mean(base), _mean(edited))
         comparison.append((readout, unit, *means, found.value, found.low, found.high, found.p, found.n))
     table = pd.DataFrame(comparison, columns=["readout", "unit", "base", "edited", "effect", "low", "high", "p", "n"])
     table.insert(8, "q", bh_fdr(table["p"].to_numpy()))
     return pd.DataFrame(summary, columns=["arm", "readout", "unit", "mean", "low", "high", "n"]), table
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Mean of the defined entries over the first axis, NaN where there are none."""
-    defined = np.isfinite(values)
-    n = defined.sum(axis=0)
-    return np.where(n > 0, np.where(defined, values, 0.0).sum(axis=0) / np.maximum(n, 1), np.nan)
+def _mean(values: np.ndarray) -> float:
+    """Mean of the defined entries, NaN where there are none."""
+    defined = values[np.isfinite(values)]
+    return float(defined.mean()) if len(defined) else float("nan")
 
 
 def _percentile(value: float, levels: np.ndarray | None) -> float:

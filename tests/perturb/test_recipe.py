@@ -20,7 +20,9 @@ recipes = st.builds(
     st.just(DATA),
     st.just(MODEL),
     st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=3, unique=True).map(tuple),
-    st.sampled_from(["", "CD8A:ko", "CD8A:ko,VEGFA:x0.5", "a%3Ab:set=3"]).map(Perturbation.parse),
+    st.sampled_from(
+        ["", "CD8A:ko", "CD8A:ko,VEGFA:x0.5", "a%3Ab:set=3", "CD8A:p90,IFN%20g@1.5(STAT1:x2;MYC:ko),S(A:ko)"]
+    ).map(Perturbation.parse),
     st.builds(
         SampleConfig,
         st.sampled_from(["ddim", "ddpm", "dpm++"]),
@@ -61,6 +63,8 @@ def test_hash_is_that_of_the_canonical_text_and_sees_every_field() -> None:
         replace(PLAIN, perturbation=Perturbation.parse("CD8A:ko")),
         replace(PLAIN, perturbation=Perturbation.parse("CD8A:x0.5,B:ko")),
         replace(PLAIN, perturbation=Perturbation.parse("B:ko,CD8A:x0.5")),
+        replace(PLAIN, perturbation=Perturbation.parse("S(B:ko;CD8A:x0.5)")),
+        replace(PLAIN, perturbation=Perturbation.parse("S@1(B:ko;CD8A:x0.5)")),
         replace(PLAIN, sample=SampleConfig(solver="ddim")),
         replace(PLAIN, seeds=(0,)),
         replace(PLAIN, encoder_seed=1),
@@ -76,7 +80,9 @@ def test_hash_is_that_of_the_canonical_text_and_sees_every_field() -> None:
 def test_base_and_draft() -> None:
     edited = replace(PLAIN, perturbation=Perturbation.parse("CD8A:ko"))
     assert edited.base == PLAIN
-    assert edited.draft.seeds == (0,) and edited.draft.perturbation == edited.perturbation
+    several = replace(edited, cell_ids=("cell-1", "cell-2"))
+    for recipe in (edited, several):
+        assert recipe.draft == replace(edited, seeds=(0,))
 
 
 def test_canonical_text_of_schema_1_stays_as_it_is() -> None:

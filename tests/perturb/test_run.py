@@ -89,7 +89,7 @@ def test_comparison_follows_from_the_readouts(result: Result) -> None:
     assert (result.comparison["q"].dropna() >= result.comparison["p"].dropna()).all()
 
 
-def test_several_cells_are_averaged_within_a_seed(tiny_bundle: GE2Hist, demo_cells: Cells) -> None:
+def test_several_cells_are_drawn_each_with_every_seed(tiny_bundle: GE2Hist, demo_cells: Cells) -> None:
     both = run(make(tiny_bundle, "GAPDH:x4", (0, 1), ("cell-3", "cell-20")), tiny_bundle, demo_cells)
     parts = [
         run(make(tiny_bundle, "GAPDH:x4", (0, 1), (cell,)), tiny_bundle, demo_cells) for cell in both.recipe.cell_ids
@@ -97,7 +97,7 @@ def test_several_cells_are_averaged_within_a_seed(tiny_bundle: GE2Hist, demo_cel
     np.testing.assert_array_equal(both.edited_arm.images, np.concatenate([part.edited_arm.images for part in parts]))
     effects = [part.comparison.set_index("readout").at["density", "effect"] for part in parts]
     row = both.comparison.set_index("readout").loc["density"]
-    assert row["effect"] == pytest.approx(np.mean(effects)) and row["n"] == 2
+    assert row["effect"] == pytest.approx(np.mean(effects)) and row["n"] == 4
 
 
 def test_edit_table_shows_counts_bins_and_percentiles(result: Result, tiny_bundle: GE2Hist, demo_cells: Cells) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
@@ -241,6 +243,83 @@ def test_a_bad_upload_is_one_sentence_and_nothing_is_lost(settings: pytest.Monke
     assert len(at.warning) == 1 and "not an .h5ad file" in at.warning[0].value.replace("\\", "")
     assert address(at) == before
     assert not list((_ui.home() / "uploads").glob("*/*"))
+
+
+@pytest.fixture
+def one_type(settings: pytest.MonkeyPatch, demo_cells: Cells, tmp_path: Path) -> None:
+    """The demo cells as sixty of one type: enough for percentiles."""
+    path = tmp_path / "one.h5ad"
+    write_cells(replace(demo_cells, cell_type=np.repeat("One type", len(demo_cells))), path)
+    settings.setenv("GE2HIST_CELLS", str(path))
+
+
+def test_a_gene_is_set_to_a_percentile_of_its_type(one_type: None) -> None:
+    at = add_gene(start())
+    at.segmented_control(key=f"mode {GENE}").set_value("percentile").run()
+    at.slider(key=f"percentile {GENE}").set_value(90).run()
+    assert not at.exception and not at.error
+    assert address(at)["edit"] == f"{GENE}:p90" and len(at.image) == 2
+    again = start(address(at))
+    assert again.slider(key=f"percentile {GENE}").value == 90
+    at.button(key="undo").click().run()
+    assert "edit" not in address(at)
+
+
+def test_an_edit_is_made_in_many_cells_of_the_type(one_type: None) -> None:
+    at = start(address(start()) | {"seeds": "0-1", "steps": "2", "edit": f"{GENE}:x4"})
+    at.number_input(key="n cells").set_value(5).run()
+    recipe = at.session_state["experiment"].recipe
+    assert len(set(recipe.cell_ids)) == 5 and "and 4 more" in texts(at)
+    assert at.button(key="run").label == "Compare 5 cells over 2 seeds"
+    at.button(key="run").click().run()
+    state = _ui.get_worker().wait(recipe.hash, timeout=TIMEOUT)
+    assert state is not None and state.status == "done", state
+    later = start(address(at))
+    assert not later.exception and not later.error
+    later.selectbox(key="shown of 5").set_value(recipe.cell_ids[3]).run()
+    assert not later.exception and len(later.image) == 2
+
+
+def test_a_signature_gets_a_dose_and_one_card(settings: pytest.MonkeyPatch) -> None:
+    """The small encoder's data have some of its genes: STAT1, CXCL9, CXCL10, HLA-DRA among others."""
+    at = start()
+    at.selectbox(key="signature").set_value("interferon_gamma").run()
+    at.button(key="add signature").click().run()
+    assert not at.exception and not at.error
+    assert address(at)["edit"].startswith("interferon_gamma@1(")
+    assert "interferon_gamma at dose 1" in {button.label.replace("\\", "") for button in at.button}
+    at.slider(key="dose interferon_gamma").set_value(0.0).run()
+    assert address(at)["edit"].startswith("interferon_gamma@0(") and not at.exception
+    other = start(address(at))
+    assert other.slider(key="dose interferon_gamma").value == 0.0
+    at.button(key="drop set interferon_gamma").click().run()
+    assert "edit" not in address(at)
+
+
+def test_seven_doses_are_drawn_by_the_worker(settings: pytest.MonkeyPatch) -> None:
+    at = start(address(start()) | {"seeds": "0-1", "steps": "1"})
+    at.selectbox(key="signature").set_value("interferon_gamma").run()
+    at.button(key="add signature").click().run()
+    at.segmented_control(key="section").set_value("Doses").run()
+    at.button(key="run doses").click().run()
+    assert not at.exception and not at.error
+    (key,) = [key for key in _ui.get_worker().keys if key != at.session_state["experiment"].recipe.hash]
+    state = _ui.get_worker().wait(key, timeout=TIMEOUT)
+    assert state is not None and state.status == "done", state
+    at.run()
+    assert not at.exception and at.get("plotly_chart")
+    assert "half-effective dose" in texts(at).lower()
+
+
+def test_an_uploaded_signature_can_be_chosen_and_a_bad_one_is_one_sentence(settings: pytest.MonkeyPatch) -> None:
+    at = start()
+    at.file_uploader(key="signatures 0").upload("bad.csv", b"one line without any columns", "text/csv").run()
+    assert not at.exception and len(at.error) == 1
+    at.file_uploader(key="signatures 0").upload("mine.csv", b"gene,logFC\nGAPDH,1.5\nACTB,-2\n", "text/csv").run()
+    assert not at.exception
+    at.selectbox(key="signature").set_value("mine").run()
+    at.button(key="add signature").click().run()
+    assert address(at)["edit"] == "mine@1(GAPDH:x2.82843;ACTB:x0.25)"
 
 
 def test_undo_and_redo_walk_the_history() -> None:

@@ -1,0 +1,117 @@
+"""Dose response of a signature, under the pictures of the Explore page."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from pages import _ui
+from pages._signatures import known_signatures
+from perturb.edits import EditSet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pandas as pd
+
+    from ge2hist_core.model import GE2Hist
+    from perturb.result import Result
+    from perturb.run import Progress
+    from perturb.signatures import Signature
+
+POLL_S = 0.6
+SEEDS = 8
+"""Seeds per dose, at most: seven doses cost seven comparisons."""
+
+
+def dose_panel(result: Result, model: GE2Hist) -> None:
+    """Draw seven doses of a signature, and what came of it."""
+    known = known_signatures()
+    parts = result.recipe.perturbation.parts
+    names = [part.name for part in parts if isinstance(part, EditSet) and part.name in known]
+    if not names:
+        st.caption("The signature of this link or recipe is not at hand: upload its file again to vary its dose.")
+        return
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
+        name = st.selectbox("Signature", names, key="dosed", width=280)
+        maximum = st.selectbox("Up to dose", (1.0, 2.0, 4.0, -1.0, -2.0, -4.0), index=1, key="largest dose", width=140)
+    signature = known[name]
+    experiment = st.session_state["experiment"]
+    source = _ui.get_source(experiment.path, model, result.recipe.matrix, result.recipe.gene_column)
+    from perturb.doses import dose_series, load_doses, series_key
+
+    recipe = replace(experiment.recipe, seeds=experiment.recipe.seeds[:SEEDS])
+    series = dose_series(recipe, signature, list(source.genes), maximum)
+    key = series_key(series)
+    table = load_doses(series, _ui.get_cache())
+    if table is not None:
+        _show(table, signature)
+        return
+    state = _ui.get_worker().state(key)
+    if state is not None and not state.over:
+        st.fragment(_watch, run_every=POLL_S)(key)
+        return
+    if state is not None and state.status == "failed":
+        st.error(_ui.plain(state.message), icon=":material/error:")
+    pictures = 7 * len(recipe.cell_ids) * len(recipe.seeds)
+    st.button(
+        f"Draw seven doses over {len(recipe.seeds)} seeds ({pictures:,} pictures)",
+        type="primary",
+        icon=":material/play_arrow:",
+        key="run doses",
+        on_click=_ui.safely(_submit),
+        args=(key, series, model, source, recipe),
+    )
+
+
+def _submit(key: str, series: Any, model: GE2Hist, source: Any, recipe: Any) -> None:
+    cells, cache = _ui.get_cells(recipe, source), _ui.get_cache()
+
+    def work(on_progress: Callable[[Progress], None], cancel: Any) -> None:
+        from perturb.doses import run_doses
+
+        run_doses(series, model, cells, cache, on_progress=on_progress, cancel=cancel)
+
+    _ui.get_worker().submit(key, work, _ui.owner())
+
+
+def _watch(key: str) -> None:
+    with _ui.guard():
+        state = _ui.get_worker().state(key)
+        if state is None or state.over:
+            st.rerun()
+        progress = state.progress
+        if progress is None:
+            st.progress(
+                0.0, text=f"Waiting for {state.position} run(s) before this one" if state.position else "Starting"
+            )
+        else:
+            st.progress(progress.fraction, text=f"{progress.text}: {progress.fraction:.0%}")
+        st.button("Cancel", icon=":material/stop_circle:", key="cancel doses", on_click=_cancel, args=(key,))
+
+
+def _cancel(key: str) -> None:
+    _ui.get_worker().cancel(key, _ui.owner())
+
+
+def _show(table: pd.DataFrame, signature: Signature) -> None:
+    from perturb import charts
+    from perturb.doses import hill_curve, respond
+
+    names = list(dict.fromkeys(table["readout"]))
+    readout = st.selectbox("Readout", names, key="dose readout", width=280)
+    found = respond(table, readout)
+    curve = None if found.hill is None else hill_curve(found.hill, table["dose"].to_numpy())
+    figure = charts.dose_response(table, readout, signature.dose_unit, _ui.theme(), curve)
+    st.plotly_chart(figure, theme=None, key="dose chart", config={"displaylogo": False})
+    if found.plateau:
+        st.caption(f"Plateau from dose {found.plateau_from:g}: a larger dose changes nothing more.")
+    if found.hill is None:
+        st.caption(f"No half-effective dose: {_ui.plain(found.reason)}")
+    else:
+        h = found.hill
+        interval = f"{h.ec50_low:.3g} to {h.ec50_high:.3g}"
+        st.caption(f"Half-effective dose {h.ec50:.3g} (95 % interval {interval}), slope {h.slope:.2g}.")
+    st.download_button("Table (CSV)", table.to_csv(index=False), "doses.csv", "text/csv", key="download doses")

@@ -1,0 +1,163 @@
+"""Below the genes of the Explore page: drug signatures and gene sets, with their dose."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from ge2hist_core.types import BadInput
+from pages import _ui
+from pages._experiment import Experiment, with_set
+from perturb.edits import Edit, EditSet
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from perturb.signatures import Signature
+
+DOSES = (-2.0, 2.0)
+"""Range of the dose slider; the command line takes -4 to 4."""
+LISTED = 5_000
+"""Signatures of an uploaded file that can be chosen from a list, at most."""
+
+
+def signature_panel(experiment: Experiment, genes: Sequence[str]) -> None:
+    """Sets in use, and the choice of a further one."""
+    for part in experiment.recipe.perturbation.parts:
+        if isinstance(part, EditSet):
+            with st.container(border=True, key=f"set-{_slug(part.name)}", gap="small"):
+                _card(experiment, part, genes)
+    with st.expander("Add a drug signature or gene set", icon=":material/medication:"):
+        known = known_signatures()
+        chosen = st.selectbox(
+            "Signature",
+            list(known),
+            index=None,
+            key="signature",
+            placeholder="Choose one, or type to search",
+            format_func=lambda name: _label(known[name]),
+        )
+        if chosen is not None:
+            _about(known[chosen])
+            st.button(
+                "Add it at dose 1",
+                key="add signature",
+                type="primary",
+                on_click=_ui.safely(_set_dose),
+                args=(experiment, known[chosen], genes, 1.0),
+            )
+        uploaded = st.file_uploader(
+            "Or upload GMT, CSV, TSV, GCT, GCTX or h5ad",
+            key=f"signatures {st.session_state.setdefault('signature turn', 0)}",
+            max_upload_size=100,
+        )
+        if uploaded is not None:
+            with _ui.guard():
+                st.session_state["signature file"] = _save(uploaded)
+                st.session_state["signature turn"] += 1
+                st.rerun()
+
+
+def _card(experiment: Experiment, part: EditSet, genes: Sequence[str]) -> None:
+    from perturb.signatures import expand
+
+    with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center", gap="small"):
+        st.markdown(f"**{_ui.plain(part.name)}**")
+        st.button(
+            ":material/close:",
+            help=f"Remove {part.name}",
+            key=f"drop set {part.name}",
+            type="tertiary",
+            on_click=experiment.edit,
+            args=(with_set(experiment.recipe.perturbation, part.name, None),),
+        )
+    signature = known_signatures().get(part.name)
+    if signature is None or part.dose is None:
+        st.caption(f"{len(part.edits)} genes, from a link or recipe. Upload its file again to change the dose.")
+        return
+    low, high = min(DOSES[0], part.dose), max(DOSES[1], part.dose)
+    st.session_state[f"dose {part.name}"] = part.dose
+    st.slider(
+        f"Dose ({signature.dose_unit}); below 0 it is reversed",
+        low,
+        high,
+        step=0.25,
+        key=f"dose {part.name}",
+        on_change=_ui.safely(_change_dose),
+        args=(experiment, signature, genes),
+    )
+    for sentence in expand(signature, genes, part.dose).sentences:
+        st.caption(_ui.plain(sentence))
+
+
+def _about(signature: Signature) -> None:
+    facts = [signature.description, f"{len(signature.genes)} genes"]
+    facts += [f"cell line {signature.cell_line}"] * bool(signature.cell_line)
+    facts += ["directions only"] * signature.direction_only
+    st.caption(_ui.plain(" · ".join(fact for fact in facts if fact)))
+    if signature.source:
+        st.caption(f"Source: {_ui.plain(signature.source)}")
+    for note in signature.notes:
+        st.caption(f":material/warning: {_ui.plain(note)}")
+
+
+def _label(signature: Signature) -> str:
+    return f"{signature.description or signature.name} ({len(signature.genes)} genes)"
+
+
+def _set_dose(experiment: Experiment, signature: Signature, genes: Sequence[str], dose: float) -> None:
+    from perturb.signatures import expand
+
+    edits = expand(signature, genes, dose).perturbation.edits
+    # A dose of 0 changes nothing, but the card with its slider has to stay.
+    edits = edits or tuple(Edit(gene, "factor", 1.0) for gene in expand(signature, genes, 1.0).matched[:1])
+    part = EditSet(signature.name, edits, dose)
+    experiment.edit(with_set(experiment.recipe.perturbation, signature.name, part))
+    st.session_state["signature"] = None
+
+
+def _change_dose(experiment: Experiment, signature: Signature, genes: Sequence[str]) -> None:
+    _set_dose(experiment, signature, genes, st.session_state[f"dose {signature.name}"])
+
+
+def known_signatures() -> dict[str, Signature]:
+    """The library's signatures and those of the uploaded file, by name."""
+    from perturb.signatures import load_library
+
+    found = {signature.name: signature for signature in load_library()}
+    path = st.session_state.get("signature file")
+    if path is not None and path.is_file():
+        found |= {signature.name: signature for signature in _read(str(path), path.stat().st_mtime_ns)[:LISTED]}
+    return found
+
+
+@st.cache_resource(max_entries=4, show_spinner="Reading the signatures")
+def _read(path: str, changed: int) -> list[Any]:
+    from perturb.signatures import read_signatures
+
+    return read_signatures(Path(path))
+
+
+def _save(uploaded: Any) -> Path:
+    """Keep an uploaded file under its SHA-256; one that cannot be read goes again."""
+    from ge2hist_core.files import atomic_path
+
+    content = uploaded.getvalue()
+    name = re.sub(r"[^\w.-]+", "_", Path(uploaded.name).name).strip("._")[-80:] or "signatures"
+    path = _ui.home() / "signatures" / hashlib.sha256(content).hexdigest() / name
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+    try:
+        _read(str(path), path.stat().st_mtime_ns)
+    except BadInput:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name)

@@ -1,0 +1,190 @@
+"""A signature at seven doses, against the same unedited niche: ``python -m perturb dose``.
+
+Every dose is an ordinary recipe, so each comparison can be opened by itself, and the unedited arm is drawn once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from ge2hist_core.types import BadInput, Cells
+from perturb.edits import EditSet, Perturbation
+from perturb.recipe import Recipe
+from perturb.result import pack_table, unpack_table
+from perturb.run import Progress, run
+from perturb.signatures import DoseResponse, Hill, Signature, dose_response, doses, expand
+
+if TYPE_CHECKING:
+    from ge2hist_core.model import GE2Hist
+    from perturb.cache import DiskCache
+
+__all__ = ["at_dose", "dose_series", "find_signature", "hill_curve", "load_doses", "respond", "run_doses", "series_key"]
+
+COLUMNS = ("dose", "readout", "unit", "base", "edited", "effect", "low", "high", "p", "n")
+
+
+def at_dose(recipe: Recipe, signature: Signature, genes: Sequence[str], dose: float) -> Recipe:
+    """The recipe with the signature at this dose in the place where it stands, else after all other edits.
+
+    At dose 0 the signature is left out.
+
+    Raises
+    ------
+    BadInput: as :func:`perturb.signatures.expand`.
+    """
+    edits = expand(signature, genes, dose).perturbation.edits
+    new = (EditSet(signature.name, edits, dose),) if edits else ()
+    parts = recipe.perturbation.parts
+    place = next((i for i, p in enumerate(parts) if isinstance(p, EditSet) and p.name == signature.name), len(parts))
+    return replace(recipe, perturbation=Perturbation((*parts[:place], *new, *parts[place + 1 :])))
+
+
+def dose_series(
+    recipe: Recipe, signature: Signature, genes: Sequence[str], maximum: float
+) -> list[tuple[float, Recipe]]:
+    """Dose and recipe for dose 0 and six that double up to ``maximum`` (below 0: the signature reversed).
+
+    Raises
+    ------
+    BadInput: a maximum of 0 or outside -4 to 4; no gene of the signature in the data.
+    """
+    sign = -1.0 if maximum < 0 else 1.0
+    return [(sign * d, at_dose(recipe, signature, genes, sign * d)) for d in doses(abs(maximum))]
+
+
+def series_key(series: Sequence[tuple[float, Recipe]]) -> str:
+    """Name of a series in the cache: SHA-256 of its recipes' hashes."""
+    return hashlib.sha256("\n".join(recipe.hash for _, recipe in series).encode()).hexdigest()
+
+
+def load_doses(series: Sequence[tuple[float, Recipe]], cache: DiskCache) -> pd.DataFrame | None:
+    """What :func:`run_doses` gave for this series, or None."""
+    stored = cache.load_json(series_key(series))
+    return None if stored is None else unpack_table(stored)
+
+
+def run_doses(
+    series: Sequence[tuple[float, Recipe]],
+    model: GE2Hist,
+    cells: Cells,
+    cache: DiskCache,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    cancel: threading.Event | None = None,
+) -> pd.DataFrame:
+    """Draw and compare every dose; one row per dose and readout.
+
+    Parameters
+    ----------
+    cache: keeps the unedited arm from one dose to the next, and finished doses for a run that goes on.
+
+    Returns
+    -------
+    DataFrame ``dose, readout, unit, base, edited, effect, low, high, p, n``; ``p`` is not adjusted over doses.
+    """
+    tables = []
+    for i, (dose, recipe) in enumerate(series):
+
+        def report(progress: Progress, i: int = i, dose: float = dose) -> None:
+            if on_progress is not None:
+                text = f"Dose {dose:g}, {i + 1} of {len(series)}"
+                on_progress(Progress((i + progress.fraction) / len(series), text, progress.preview))
+
+        result = run(recipe, model, cells, cache=cache, on_progress=report, cancel=cancel)
+        tables.append(result.comparison.assign(dose=dose))
+    table = pd.concat(tables, ignore_index=True)[list(COLUMNS)]
+    cache.store_json(series_key(series), pack_table(table))
+    return table
+
+
+def respond(table: pd.DataFrame, readout: str) -> DoseResponse:
+    """Plateau and EC50 of one readout of :func:`run_doses`; doses without the readout are left out."""
+    rows = table[table["readout"] == readout].copy()
+    rows["dose"] = rows["dose"].abs()
+    rows = rows.sort_values("dose")
+    return dose_response(*(rows[name].to_numpy() for name in ("dose", "effect", "low", "high")))
+
+
+def hill_curve(hill: Hill, doses: np.ndarray, n: int = 100) -> tuple[np.ndarray, np.ndarray]:
+    """A fitted curve over the range of the doses: ``(dose [n], effect [n])``."""
+    x = np.linspace(0.0, np.abs(doses).max(), n)
+    share = x**hill.slope / (hill.ec50**hill.slope + x**hill.slope)
+    return x * (-1.0 if doses.min() < 0 else 1.0), hill.bottom + (hill.top - hill.bottom) * share
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``python -m perturb dose``."""
+    parser.add_argument("recipe", help="recipe.json: cells, seeds and further edits")
+    parser.add_argument("--signature", required=True, help="name in the library or in --signature-file")
+    parser.add_argument("--signature-file", help="GMT, CSV, TSV, GCT, GCTX or h5ad with the signature")
+    parser.add_argument("--max-dose", type=float, default=2.0, help="-4 to 4; below 0 the signature is reversed")
+    parser.add_argument("--out", required=True, help="folder for doses.csv and doses.html")
+    parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
+    parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="the h5ad that the recipe was made with")
+    parser.add_argument("--cache", help="folder in which finished arms are kept and looked up")
+
+
+def find_signature(name: str, path: str | None) -> Signature:
+    """A signature of the library, or of a file where one is given.
+
+    Raises
+    ------
+    BadInput: no such signature, or a file that cannot be read.
+    """
+    from perturb.edits import nearest_genes
+    from perturb.signatures import load_library, read_signatures
+
+    known = {s.name: s for s in (load_library() if path is None else read_signatures(path))}
+    if name not in known:
+        near = nearest_genes(name, known)
+        where = "the library" if path is None else path
+        cure = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(list(known)[:3])} and others."
+        raise BadInput(f"There is no signature {name!r} in {where}: {cure}")
+    return known[name]
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run seven doses and write table and chart.
+
+    Raises
+    ------
+    BadInput: a recipe, bundle, data or signature file that cannot be used, or that do not belong together.
+    """
+    import tempfile
+    from pathlib import Path
+
+    from ge2hist_core.files import atomic_path
+    from perturb import charts
+    from perturb.cache import DiskCache
+    from perturb.report import csv_bytes
+    from perturb.run import open_recipe, print_progress
+
+    signature = find_signature(args.signature, args.signature_file)
+    recipe, model, cells = open_recipe(args)
+    series = dose_series(recipe, signature, list(cells.genes), args.max_dose)
+    for sentence in expand(signature, list(cells.genes), args.max_dose).sentences:
+        print(sentence)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = DiskCache(args.cache or folder)
+        table = run_doses(series, model, cells, cache, on_progress=print_progress())
+    out = Path(args.out)
+    figure = charts.dose_response(table, "density", signature.dose_unit)
+    for name, content in (("doses.csv", csv_bytes(table)), ("doses.html", figure.to_html().encode())):
+        with atomic_path(out / name) as temporary:
+            temporary.write_bytes(content)
+        print(out / name)
+    for readout in ("density", "spacing"):
+        found = respond(table, readout)
+        said = found.reason if found.hill is None else (
+            f"half-effective dose {found.hill.ec50:.3g} [{found.hill.ec50_low:.3g}, {found.hill.ec50_high:.3g}] "
+            f"{signature.dose_unit}"
+        )  # fmt: skip
+        print(f"{readout}: {said}")

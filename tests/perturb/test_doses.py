@@ -1,0 +1,92 @@
+"""A dose is an ordinary recipe: its comparison is that of the recipe run alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ge2hist_core.__main__ import run_command
+from ge2hist_core.config import SampleConfig
+from ge2hist_core.data import open_h5ad, write_cells
+from ge2hist_core.types import BadInput, Cells
+from perturb import charts
+from perturb.__main__ import COMMANDS
+from perturb.cache import DiskCache
+from perturb.doses import at_dose, dose_series, load_doses, respond, run_doses
+from perturb.edits import Perturbation
+from perturb.recipe import Recipe
+from perturb.run import run
+from perturb.signatures import Signature
+
+TOY = Signature("toy", ("GAPDH", "ACTB"), (1.0, -1.0))
+
+
+def make(model, edit: str = "CD8A:set=3", seeds: tuple[int, ...] = (0, 1)) -> Recipe:
+    return Recipe("d" * 64, model.sha256, ("cell-3",), Perturbation.parse(edit), SampleConfig(steps=2), seeds)
+
+
+def test_the_signature_takes_its_place_among_the_edits(tiny_bundle, demo_cells: Cells) -> None:
+    genes = list(demo_cells.genes)
+    added = at_dose(make(tiny_bundle), TOY, genes, 1.0)
+    assert str(added.perturbation) == "CD8A:set=3,toy@1(GAPDH:x2;ACTB:x0.5)"
+    between = make(tiny_bundle, "CD8A:set=3,toy@1(GAPDH:x2),CD4:ko")
+    assert str(at_dose(between, TOY, genes, -1.0).perturbation) == "CD8A:set=3,toy@-1(GAPDH:x0.5;ACTB:x2),CD4:ko"
+    assert str(at_dose(between, TOY, genes, 0.0).perturbation) == "CD8A:set=3,CD4:ko"
+
+
+def test_seven_doses_double_up_and_share_the_unedited_arm(tiny_bundle, demo_cells: Cells, tmp_path: Path) -> None:
+    series = dose_series(make(tiny_bundle, ""), TOY, list(demo_cells.genes), -2.0)
+    assert [dose for dose, _ in series] == [0, -0.0625, -0.125, -0.25, -0.5, -1, -2]
+    fractions: list[float] = []
+    cache = DiskCache(tmp_path)
+    table = run_doses(
+        series, tiny_bundle, demo_cells, cache, on_progress=lambda progress: fractions.append(progress.fraction)
+    )
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0
+    rows = table[table["readout"] == "density"].set_index("dose")
+    assert list(rows.index) == [dose for dose, _ in series]
+    assert rows.at[0.0, "effect"] == rows.at[0.0, "low"] == rows.at[0.0, "high"] == 0.0
+    alone = run(series[-1][1], tiny_bundle, demo_cells).comparison.set_index("readout")
+    assert rows.at[-2.0, "effect"] == alone.at["density", "effect"]
+    assert rows["base"].nunique() == 1
+    pd.testing.assert_frame_equal(load_doses(series, cache), table)
+    assert load_doses(series[1:], cache) is None
+    assert respond(table, "density").reason or respond(table, "density").hill
+
+
+def test_the_chart_shows_the_table(tiny_bundle, demo_cells: Cells, tmp_path: Path) -> None:
+    series = dose_series(make(tiny_bundle, ""), TOY, list(demo_cells.genes), 1.0)[-2:]
+    table = run_doses(series, tiny_bundle, demo_cells, DiskCache(tmp_path))
+    figure = charts.dose_response(table, "fraction:Lymphocyte", TOY.dose_unit)
+    points = figure.data[-1]
+    rows = table[table["readout"] == "fraction:Lymphocyte"]
+    np.testing.assert_allclose(points.x, [0.5, 1.0])
+    np.testing.assert_allclose(points.y, 100 * rows["effect"])
+    assert "percentage points" in figure.layout.yaxis.title.text
+    assert TOY.dose_unit in figure.layout.xaxis.title.text
+
+
+def test_the_command_writes_table_and_chart(tiny_folder: Path, demo_cells: Cells, tmp_path: Path, capsys) -> None:
+    from ge2hist_core.model import GE2Hist
+
+    write_cells(demo_cells, tmp_path / "cells.h5ad")
+    model = GE2Hist.load(tiny_folder)
+    with open_h5ad(tmp_path / "cells.h5ad", model.scgpt.vocab) as source:
+        recipe = Recipe(source.sha256, model.sha256, ("cell-3",), sample=SampleConfig(steps=1), seeds=(0, 1))
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    (tmp_path / "mine.csv").write_text("gene,logFC\nGAPDH,1\nNOSUCHGENE,2\n")
+    command = ["dose", str(tmp_path / "recipe.json"), "--bundle", str(tiny_folder), "--out", str(tmp_path / "out")]
+    command += ["--cells", str(tmp_path / "cells.h5ad"), "--signature-file", str(tmp_path / "mine.csv")]
+    assert run_command("perturb", "", COMMANDS, [*command, "--signature", "mine", "--max-dose", "1"]) == 0
+    assert len((tmp_path / "out" / "doses.csv").read_text().splitlines()) > 7
+    assert "1 of 2 genes" in capsys.readouterr().out
+    assert run_command("perturb", "", COMMANDS, [*command, "--signature", "mina"]) == 2
+    assert "did you mean mine?" in capsys.readouterr().err
+
+
+def test_a_maximum_of_nothing_is_refused(tiny_bundle, demo_cells: Cells) -> None:
+    with pytest.raises(BadInput, match="The largest dose is 0"):
+        dose_series(make(tiny_bundle), TOY, list(demo_cells.genes), 0.0)
