@@ -74,7 +74,8 @@ class TrainConfig:
     """How the parts are trained. ``beta`` and ``gamma`` are the paper's, equation (9).
 
     ``type_prior``, ``type_leak``, ``reconstruction`` and ``neighbours`` weigh the terms that keep type and environment
-    apart (see :mod:`ge2hist_core.vae`), ``latent_noise`` is the noise on the autoencoder's latents in their standard
+    apart (see :mod:`ge2hist_core.vae`), ``freeze_encoder`` leaves the VAEs of a finished bundle as they are and trains
+    the U-Net alone, ``latent_noise`` is the noise on the autoencoder's latents in their standard
     deviations, ``latent_variants`` how many of a tile's eight rotations and reflections are encoded,
     ``cells_per_donor`` how many cells of a donor are used at the most.
     """
@@ -90,6 +91,7 @@ class TrainConfig:
     type_leak: float = 1.0
     reconstruction: float = 0.1
     neighbours: float = 1.0
+    freeze_encoder: bool = False
     condition_dropout: float = 0.1
     vae_steps: int = 2000
     autoencoder_steps: int = 2000

@@ -557,7 +557,7 @@ def _parts_on_disk(file: Any) -> _Parts:
     nodes |= {f"layers[{key!r}]": layers[key] for key in layers}
     matrices = {name: _matrix_on_disk(name, node) for name, node in nodes.items() if node is not None}
     planes = {
-        key: node[:]
+        key: node[:, :2]  # two columns of a map, never a whole embedding
         for key, node in file.get("obsm", {}).items()
         if isinstance(node, h5py.Dataset) and node.ndim == 2 and node.shape[1] >= 2
     }

@@ -18,6 +18,9 @@ from ge2hist_core.types import BadInput
 
 __all__ = ["add_arguments", "main"]
 
+LEAST_CELLS = 4
+"""Fewer have no UMAP."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA.zarr")
@@ -53,8 +56,11 @@ def main(args: argparse.Namespace) -> None:
     model, store = GE2Hist.load(args.bundle), TissueStore(args.data)
     seen = model.has_learned_from(store)
     rows = store.rows([name for name in store.donors if name not in seen])
-    if not 1 <= args.cells <= len(rows):
-        raise BadInput(f"--cells is {args.cells}: the held-out donors have {len(rows)} cells with a whole niche.")
+    if not LEAST_CELLS <= args.cells <= len(rows):
+        raise BadInput(
+            f"--cells is {args.cells}: the held-out donors have {len(rows)} cells with a whole niche, and a map of "
+            f"them needs at least {LEAST_CELLS}."
+        )
     rows = _balanced(store.cells.cell_type, rows, args.cells, args.seed)
     cells = store.cells.take(rows)
     tile_um = model.config.tile_px * model.config.um_per_px

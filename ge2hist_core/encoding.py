@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ge2hist_core.support import OUTSIDE
 from ge2hist_core.types import BadInput, Latent
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["Encoded", "agreement", "encode_cells", "read_type_map"]
 
 BLOCK = 2048
-OUTSIDE = 0.05
 
 
 class Encoded:

@@ -14,6 +14,7 @@ from the same random numbers with the genes set by hand, and true nuclei are cou
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -44,10 +45,16 @@ EDIT_FACTORS = {"down": 0.0, "up": 4.0}
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """What was read from one tile of each of several cells: ``stats [cell]``, ``central [cell]`` type of the cell."""
+    """What was read from one tile of each of several cells.
+
+    Parameters
+    ----------
+    stats: ``[cell]``. central: ``[cell]`` type of the cell. donor: ``[cell]`` its donor, None if all are of one.
+    """
 
     stats: Sequence[NicheStats]
     central: np.ndarray
+    donor: np.ndarray | None = None
 
     @cached_property
     def density(self) -> np.ndarray:
@@ -65,17 +72,25 @@ class Readings:
         return np.stack([s.per_type["n"].to_numpy() for s in self.stats])
 
     def take(self, rows: np.ndarray) -> Readings:
-        return Readings([self.stats[i] for i in rows], self.central[rows])
+        donor = None if self.donor is None else self.donor[rows]
+        return Readings([self.stats[i] for i in rows], self.central[rows], donor)
 
 
 def _figures(a: Readings, b: Readings) -> tuple[float, float, float]:
     return (
         float(a.density.mean() / b.density.mean() - 1.0),
         composition_kl(b.counts.sum(axis=0), a.counts.sum(axis=0)),
-        float(np.nanmean(a.spacing) - np.nanmean(b.spacing)),
+        _mean(a.spacing) - _mean(b.spacing),
     )
 
 
+def _mean(values: np.ndarray) -> float:
+    """Mean of the values that are not NaN; NaN, without a warning, where there is none."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else math.nan
+
+
+@np.errstate(divide="ignore", invalid="ignore")
 def compare(a: Readings, b: Readings, seed: int) -> dict[str, Any]:
     """Readings ``a`` against ``b``, the same cells in the same order.
 
@@ -83,7 +98,9 @@ def compare(a: Readings, b: Readings, seed: int) -> dict[str, Any]:
     -------
     ``density_relative`` (mean of a over mean of b, minus 1), ``composition_kl`` (nats, KL(b || a) of pooled counts),
     ``spacing_um`` (difference of means), each with ``low`` and ``high``, the 95 % percentile bootstrap interval over
-    cells; ``by_type``: the mean over central types of the absolute figures; ``density_r``: correlation over cells.
+    donors and, within each donor drawn, its cells: tiles of one section overlap and share its stain; ``by_type``: the
+    mean over central types of the absolute figures; ``density_r``: correlation over cells. NaN where a figure has no
+    answer, as the spacing of pictures without nuclei.
     """
     names = ("density_relative", "composition_kl", "spacing_um")
     value = _figures(a, b)
@@ -92,12 +109,12 @@ def compare(a: Readings, b: Readings, seed: int) -> dict[str, Any]:
     density, spacing, counts = ((getattr(a, k), getattr(b, k)) for k in ("density", "spacing", "counts"))
     drawn = []
     for _ in range(BOOTSTRAP):
-        rows = draw.integers(0, n, n)
+        rows = _resampled(draw, a.donor, n)
         drawn.append(
             (
                 density[0][rows].mean() / density[1][rows].mean() - 1.0,
                 composition_kl(counts[1][rows].sum(axis=0), counts[0][rows].sum(axis=0)),
-                np.nanmean(spacing[0][rows]) - np.nanmean(spacing[1][rows]),
+                _mean(spacing[0][rows]) - _mean(spacing[1][rows]),
             )
         )
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
@@ -114,8 +131,20 @@ def compare(a: Readings, b: Readings, seed: int) -> dict[str, Any]:
     return result
 
 
-def _read(tables: Sequence[pd.DataFrame], central: np.ndarray, tile_um: float) -> Readings:
-    return Readings([niche_stats(t, (tile_um, tile_um), READER_CLASSES) for t in tables], central)
+def _resampled(draw: np.random.Generator, donor: np.ndarray | None, n: int) -> np.ndarray:
+    """Rows of a two-level bootstrap: donors with replacement, then each one's cells with replacement."""
+    if donor is None:
+        return draw.integers(0, n, n)
+    names = np.unique(donor)
+    chosen = names[draw.integers(0, len(names), len(names))]
+    parts = [np.flatnonzero(donor == name) for name in chosen]
+    return np.concatenate([part[draw.integers(0, len(part), len(part))] for part in parts])
+
+
+def _read(
+    tables: Sequence[pd.DataFrame], central: np.ndarray, tile_um: float, donor: np.ndarray | None = None
+) -> Readings:
+    return Readings([niche_stats(t, (tile_um, tile_um), READER_CLASSES) for t in tables], central, donor)
 
 
 def _matched_other(store: TissueStore, rows: np.ndarray, pool: np.ndarray, seed: int) -> np.ndarray:
@@ -163,7 +192,8 @@ def _true_readings(
     for donor in np.unique(cells.donor[rows]):
         section = simulate_section(simulation["seed"], donor_number[donor], simulation["size_um"], factors)
         for i in np.flatnonzero(cells.donor[rows] == donor):
-            corner = cells.xy_um[rows[i]] - tile_um / 2
+            # As the store's tiles are: centred on the cell to the nearest pixel.
+            corner = np.floor(cells.xy_um[rows[i]] / store.um_per_px + 0.5) * store.um_per_px - tile_um / 2
             near = section.nuclei.assign(
                 x_um=section.nuclei["x_um"] - corner[0],
                 y_um=section.nuclei["y_um"] - corner[1],
@@ -194,7 +224,8 @@ def _effects_against_truth(
             factors = driver_programmes(programme, direction)
             true = (pd.DataFrame(_true_readings(store, rows, factors, tile_um))[readouts] - true_base).mean()
             model_change = (pd.DataFrame(model_readings(factors))[readouts] - model_base).mean()
-            strength = (true / standard_error).abs().fillna(0.0)
+            # A readout that is the same in all tiles (but for rounding) gives no noise to measure its change by.
+            strength = (true / standard_error.where(standard_error > 1e-9)).abs().fillna(0.0)
             clear = [name for name in readouts if strength[name] > 2.0]
             main = strength.idxmax()
             table.append(
@@ -241,10 +272,20 @@ def evaluate(
 
     Raises
     ------
-    BadInput: too few held-out cells.
+    BadInput: a number of tiles that cannot be, too few held-out cells, a store of another resolution, no reader.
     """
     sample = sample or SampleConfig()
     tile_um = model.config.tile_px * model.config.um_per_px
+    if tiles < 2:
+        raise BadInput(f"--tiles is {tiles}: give at least 2.")
+    for name, n in (("--reference-tiles", reference_tiles), ("--edit-cells", edit_cells)):
+        if n != 0 and not 2 <= n <= tiles:
+            raise BadInput(f"{name} is {n}: give 0, or 2 to {tiles}, which is --tiles.")
+    if not math.isclose(store.um_per_px, model.config.um_per_px):
+        raise BadInput(
+            f"{store.path} has {store.um_per_px:g} um per px, the bundle {model.config.um_per_px:g}: "
+            "give a store of the bundle's resolution."
+        )
     seen = model.has_learned_from(store)
     donors = [name for name in store.donors if name not in seen]
     cells = store.cells
@@ -265,6 +306,10 @@ def evaluate(
         "sample": {"solver": sample.solver, "steps": sample.steps, "guidance": sample.guidance},
     }
 
+    # Before anything slow: a bundle without a reader ends here.
+    donor = cells.donor[rows]
+    real = _read(model.read_nuclei(store.tiles(rows)), central, tile_um, donor)
+
     _say(f"encoding {len(eligible)} cells of {len(donors)} held-out donors")
     latent = model.encode(model.embed(cells.take(eligible), seed))
     truth = cells.cell_type[eligible]
@@ -280,16 +325,20 @@ def evaluate(
     started = time.perf_counter()
     images = model.generate(state, _seeds(seed, rows), sample)
     _say(f"generated {tiles} tiles in {time.perf_counter() - started:.0f} s")
-    generated = _read(model.read_nuclei(images), central, tile_um)
-    real = _read(model.read_nuclei(store.tiles(rows)), central, tile_um)
-    true = _read([store.nuclei(row) for row in rows], central, tile_um)
+    generated = _read(model.read_nuclei(images), central, tile_um, donor)
+    true = _read([store.nuclei(row) for row in rows], central, tile_um, donor)
     others = _matched_other(store, rows, pool, seed)
-    floor = _read(model.read_nuclei(store.tiles(others)), central, tile_um)
+    floor = _read(model.read_nuclei(store.tiles(others)), central, tile_um, donor)
     exchanged = rng.stream(seed, "evaluation_exchange").permutation(tiles)
-    ceiling = Readings(generated.take(exchanged).stats, central)
+    ceiling = Readings(generated.take(exchanged).stats, central, donor)
     result["generated_vs_real"] = compare(generated, real, seed)
     result["floor_real_vs_real"] = compare(floor, real, seed)
     result["ceiling_conditions_exchanged"] = compare(ceiling, real, seed)
+    for name in ("density_relative", "composition_kl", "spacing_um"):
+        # Over all cells together they are those of the generated tiles by construction.
+        result["ceiling_conditions_exchanged"][name] = {"value": None, "low": None, "high": None}
+    same_type = cells.cell_type[others] == central
+    result["floor_real_vs_real"]["n_same_type"] = int(same_type.sum())
     result["reader_vs_truth_on_real"] = compare(real, true, seed)
 
     if reference_tiles:
@@ -298,10 +347,11 @@ def evaluate(
         reference = model.generate(state.take(few), _seeds(seed, rows[few]), SampleConfig("ddpm", 1000))
         seconds = time.perf_counter() - started
         _say(f"generated {reference_tiles} tiles with 1000 steps in {seconds:.0f} s")
-        slow = _read(model.read_nuclei(reference), central[few], tile_um)
+        slow = _read(model.read_nuclei(reference), central[few], tile_um, donor[few])
         result["steps"] = {
             f"{sample.solver} {sample.steps} vs real": compare(generated.take(few), real.take(few), seed),
             "ddpm 1000 vs real": compare(slow, real.take(few), seed),
+            f"{sample.solver} {sample.steps} vs ddpm 1000": compare(generated.take(few), slow, seed),
         }
     if edit_cells and store.simulation is not None:
         chosen = rows[np.sort(rng.stream(seed, "evaluation_edit_cells").choice(tiles, edit_cells, replace=False))]
@@ -316,6 +366,15 @@ def evaluate(
             "edits": effects,
         }
     return result
+
+
+def _without_nan(value: Any) -> Any:
+    """The same nested value with None, which JSON has, for numbers that are not finite, which it has not."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _say(text: str) -> None:
@@ -343,6 +402,8 @@ def _line(c: Mapping[str, Any]) -> str:
         if by_type
         else ""
     )
+    if c["density_relative"]["value"] is None:
+        return f"n = {c['n']}: r {c['density_r']:.2f}{tail}"
     return (
         f"n = {c['n']}: density {c['density_relative']['value']:+.1%} "
         f"[{c['density_relative']['low']:+.1%}, {c['density_relative']['high']:+.1%}], "
@@ -376,5 +437,5 @@ def main(args: argparse.Namespace) -> None:
         seed=args.seed,
         sample=SampleConfig(steps=args.steps, guidance=args.guidance),
     )
-    write_json(args.out / "evaluation.json", result)
+    write_json(args.out / "evaluation.json", _without_nan(result))
     print(summary(result))

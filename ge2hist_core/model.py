@@ -129,21 +129,36 @@ class GE2Hist:
         return self.config.cell_types
 
     def has_learned_from(self, store: TissueStore, parts: Sequence[str] = ("train", "validation")) -> set[str]:
-        """Donors of a store that this model, or one that it started from, was trained (or validated) on.
+        """Donors of a store that this model, one that it started from, its encoder or its reader was trained on.
 
-        The same donors are those of the same store, or simulated from the same numbers.
+        The same donors are those of the same store, or simulated from the same seed: whatever the section's size, a
+        simulated donor's genes and stain depend on seed and number alone.
+
+        Parameters
+        ----------
+        parts: of the split, ``train`` and ``validation``.
         """
-        known: set[str] = set()
+        reports = [self.scgpt_report, self.reader.figures.get("learned_from") if self.reader is not None else None]
         report = self.report
         while report:
-            split = report.get("donors", {})
-            keys = ("seed", "size_um")
-            here, there = ({k: (s or {}).get(k) for k in keys} for s in (store.simulation, report.get("simulation")))
-            same_tissue = store.simulation is not None and here == there
-            if same_tissue or report.get("store") == store.identity:
-                known.update(*(split.get(part, ()) for part in parts))
+            reports.append(report)
             report = (report.get("started_from") or {}).get("training")
+        known: set[str] = set()
+        for report in reports:
+            simulation = (report or {}).get("simulation")
+            same_seed = store.simulation and simulation and store.simulation["seed"] == simulation["seed"]
+            if report and (same_seed or report.get("store") == store.identity):
+                known.update(*(report.get("donors", {}).get(part, ()) for part in parts))
         return known & set(store.donors)
+
+    @property
+    def scgpt_report(self) -> dict[str, Any] | None:
+        """What the encoder was pre-trained on, None for published checkpoints, which do not say it by donor."""
+        path = self.scgpt_folder / "pretraining.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8")).get("learned_from") if path.is_file() else None
+        except ValueError as error:
+            raise BadInput(f"{path} is not valid JSON ({error}): copy it again.") from error
 
     # --- expression to state ---------------------------------------------------------------------------------
 
@@ -371,7 +386,8 @@ def _header(folder: Path) -> dict[str, Any]:
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
         found = header["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        header["config"].keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} is damaged ({error}): copy or train the bundle again.") from error
     if found != FORMAT:
         raise BadInput(f"{path} has bundle format {found!r}, this version reads {FORMAT}: train the bundle again.")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ge2hist_core.config import PRESETS
 from ge2hist_core.files import atomic_path
 from ge2hist_core.types import BadInput
 
@@ -19,7 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    from ge2hist_core.model import GE2Hist
+
     text = model_card(args.bundle)
+    evaluation = _read(args.bundle / "evaluation.json")
+    if evaluation and evaluation.get("bundle_sha256") != GE2Hist.load(args.bundle).sha256:
+        raise BadInput(
+            f"{args.bundle / 'evaluation.json'} holds figures of other weights than the bundle has now: "
+            "run `evaluate` again."
+        )
     with atomic_path(args.bundle / "MODEL_CARD.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(args.bundle / "MODEL_CARD.md")
@@ -46,12 +55,13 @@ def model_card(bundle: Path) -> str:
         raise BadInput(f"{bundle} is not a GE2Hist bundle (no bundle.json): give the folder that `train` wrote.")
     training, reader = header.get("training") or {}, _read(bundle / "reader.json")
     evaluation, pretraining = _read(bundle / "evaluation.json"), _read(bundle / "scgpt" / "pretraining.json")
-    parts = [_what(training), _made(training, pretraining, reader), _separation(training), _reader(reader)]
-    parts += [_evaluation(evaluation), _LIMITS]
+    parts = [_what(header), _made(header, pretraining, reader, evaluation), _separation(training), _reader(reader)]
+    parts += [_evaluation(evaluation), _limits(training)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _what(training: Mapping[str, Any]) -> str:
+def _what(header: Mapping[str, Any]) -> str:
+    training, config = header.get("training") or {}, header["config"]
     simulated = training.get("simulation")
     data = (
         "simulated (known-truth) tissue: **a demonstration, not a model of patients**"
@@ -60,16 +70,19 @@ def _what(training: Mapping[str, Any]) -> str:
     )
     return (
         "# Model card: GE2Hist bundle\n\n"
-        "Conditional diffusion model of the H&E niche (64 um) around a cell, given the cell's expression. "
+        f"Conditional diffusion model of the H&E niche ({config['tile_px'] * config['um_per_px']:g} um) around a cell, "
+        "given the cell's expression. "
         f"Trained on {data}. "
         "It shows what its training tissue looked like around cells of such expression. It is not diagnostic, and an "
         "edited cell's picture is the model's conditional, not a forecast of an experiment."
     )
 
 
-def _made(training: Mapping[str, Any], pretraining: Mapping[str, Any], reader: Mapping[str, Any]) -> str:
+def _made(
+    header: Mapping[str, Any], pretraining: Mapping[str, Any], reader: Mapping[str, Any], evaluation: Mapping[str, Any]
+) -> str:
+    training = header.get("training") or {}
     simulation, config = training.get("simulation") or {}, training.get("train", {})
-    seed = config.get("seed", 0)
     lines = ["## Made by", "", "```"]
     if simulation:
         lines.append(
@@ -80,21 +93,70 @@ def _made(training: Mapping[str, Any], pretraining: Mapping[str, Any], reader: M
         c = pretraining["config"]
         lines.append(
             f"python -m ge2hist_core pretrain DATA.zarr --out SCGPT --steps {c['steps']} --batch-size "
-            f"{c['batch_size']} --seed {c['seed']}"
+            f"{c['batch_size']} --precision {c['precision']} --seed {c['seed']}"
         )
-    lines.append(f"python -m ge2hist_core train DATA.zarr --scgpt SCGPT --out BUNDLE --seed {seed}")
+    runs = _runs(training)
+    for i, run in enumerate(runs):
+        lines.append(_train_command(header, run, i, len(runs)))
     if reader:
-        lines.append("python -m ge2hist_core train-reader DATA.zarr --out BUNDLE")
-    lines.append("python -m ge2hist_core evaluate BUNDLE DATA.zarr --out BUNDLE")
+        c = reader["figures"].get("train")
+        lines.append(
+            "python -m ge2hist_core train-reader DATA.zarr --out BUNDLE"
+            + (f" --steps {c['steps']} --batch-size {c['batch_size']} --seed {c['seed']}" if c else "")
+            + (" --autoencoder BUNDLE" if "reconstructed" in reader["figures"] else "")
+        )
+    if evaluation:
+        sample, steps = evaluation["sample"], [*evaluation.get("steps", {}).values()]
+        lines.append(
+            f"python -m ge2hist_core evaluate BUNDLE DATA.zarr --out BUNDLE --tiles "
+            f"{evaluation['generated_vs_real']['n']} --reference-tiles {steps[0]['n'] if steps else 0} --edit-cells "
+            f"{evaluation.get('driver_programmes', {}).get('n_cells', 0)} --steps {sample['steps']} --guidance "
+            f"{sample['guidance']:g} --seed {evaluation['seed']}"
+        )
+    if simulation:
+        lines.append("python -m ge2hist_core demo-cells DATA.zarr --bundle BUNDLE --out CELLS.h5ad")
     lines += ["python -m ge2hist_core card BUNDLE", "```"]
     cells = training.get("cells", {})
+    steps = " and ".join(f"{run['steps']:,}" for run in runs)
+    hours = sum(run.get("seconds") or 0.0 for run in runs) / 3600
     lines += [
         "",
-        f"Main training: {training.get('steps', 0):,} steps of batch {config.get('batch_size', 0)}. Cells: "
+        f"Main training: {steps} steps of batch {config.get('batch_size', 0)}"
+        + (f", {hours:.1f} h" if hours else "")
+        + ". Cells: "
         + ", ".join(f"{n:,} {name}" for name, n in cells.items())
         + ". Donors are never shared between them.",
+        "",
+        "Beside the three terms of the paper's equation (9) the loss has four that keep type and environment apart "
+        f"(`ge2hist_core/vae.py`), weighted: type prior {config.get('type_prior', 0):g}, "
+        f"type leak {config.get('type_leak', 0):g}, "
+        f"reconstruction {config.get('reconstruction', 0):g} and neighbours {config.get('neighbours', 0):g}. Diffusion "
+        "runs on latents of a small autoencoder: on a CPU pixels folded into channels were still noise after as many "
+        "steps as gave nuclei on latents.",
     ]
     return "\n".join(lines)
+
+
+def _runs(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The runs of `train` behind a bundle, the first one first."""
+    runs: list[Mapping[str, Any]] = []
+    now: Mapping[str, Any] | None = training if training.get("train") else None
+    while now:
+        runs.insert(0, now)
+        now = (now.get("started_from") or {}).get("training")
+    return runs
+
+
+def _train_command(header: Mapping[str, Any], run: Mapping[str, Any], i: int, n: int) -> str:
+    config, channels = run["train"], header["config"]["unet_channels"]
+    preset = next((name for name, p in PRESETS.items() if [*p.model.unet_channels] == channels), "demo")
+    out = "BUNDLE" if i == n - 1 else f"RUN{i + 1}"
+    return (
+        f"python -m ge2hist_core train DATA.zarr --scgpt SCGPT --out {out} --preset {preset} --steps {config['steps']} "
+        f"--mixed-precision {config['mixed_precision']} --seed {config['seed']}"
+        + (f" --start-from RUN{i}" if i else "")
+        + (" --freeze-encoder" if config.get("freeze_encoder") else "")
+    )
 
 
 def _separation(training: Mapping[str, Any]) -> str:
@@ -128,7 +190,19 @@ def _reader(reader: Mapping[str, Any]) -> str:
     figures = {k: v for k, v in reader["figures"].items() if isinstance(v, (int, float))}
     rows = ["## Nuclei reader", "", "On held-out donors (`train-reader` writes these into reader.json).", ""]
     rows += ["| figure | value |", "|---|---|"]
-    return "\n".join([*rows, *(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in figures.items())])
+    for name, value in figures.items():
+        rows.append(f"| {name.replace('_', ' ')} | {format(value, ',' if isinstance(value, int) else '.4g')} |")
+    return "\n".join(rows)
+
+
+def _number(value: float | None, form: str) -> str:
+    """``value`` in the format ``form``, a dash for a figure without an answer."""
+    return "-" if value is None else format(value, form)
+
+
+def _interval(figure: Mapping[str, float | None], form: str) -> str:
+    value, low, high = (_number(figure[key], form) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> str:
@@ -145,7 +219,8 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
         "## Generated against real tiles",
         "",
         f"Held-out donors, read by the bundle's reader (`evaluate`, {evaluation['sample']['solver']} "
-        f"{evaluation['sample']['steps']} steps, seed {evaluation['seed']}). Intervals: 95 % bootstrap over cells. "
+        f"{evaluation['sample']['steps']} steps, seed {evaluation['seed']}). Intervals: 95 %, bootstrap over donors "
+        "and their cells. "
         "The last three columns are means of absolute figures over the types of the central cell.",
         "",
         "| compared with the real tile | n | density | composition KL (nats) | nearest neighbour (um) "
@@ -154,15 +229,14 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
     ]
     for key, name in names.items():
         c = evaluation.get(key) or evaluation.get("steps", {}).get(key)
-        d, kl, um, t = c["density_relative"], c["composition_kl"], c["spacing_um"], c.get("by_type")
-        by_type = (
-            f"{t['density_relative']:.1%} | {t['composition_kl']:.3f} | {t['spacing_um']:.2f}" if t else "- | - | -"
-        )
-        rows.append(
-            f"| {name} | {c['n']} | {d['value']:+.1%} [{d['low']:+.1%}, {d['high']:+.1%}] | {kl['value']:.4f} "
-            f"[{kl['low']:.4f}, {kl['high']:.4f}] | {um['value']:+.2f} [{um['low']:+.2f}, {um['high']:+.2f}] "
-            f"| {by_type} |"
-        )
+        by_type = c.get("by_type", {})
+        cells = [name, str(c["n"])]
+        for figure, form in (("density_relative", "+.1%"), ("composition_kl", ".4f"), ("spacing_um", "+.2f")):
+            cells.append(_interval(c[figure], form))
+        for figure, form in (("density_relative", ".1%"), ("composition_kl", ".3f"), ("spacing_um", ".2f")):
+            cells.append(_number(by_type.get(figure), form))
+        rows.append(f"| {' | '.join(cells)} |")
+    rows.append(f"| target | {_TARGETS} |")
     classifier = evaluation["classifier"]
     rows += ["", f"Type classifier: {classifier['accuracy']:.4f} of {classifier['n']:,} cells."]
     effects = evaluation.get("driver_programmes")
@@ -185,15 +259,26 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
             form = "+.0f" if unit else "+.3f"
             rows.append(
                 f"| {e['programme'].replace('_', ' ')} | {e['direction']} | {e['main_readout']} | "
-                f"{format(e['true'], form)}{unit} | {format(e['model'], form)}{unit} |"
+                f"{_number(e['true'], form)}{unit} | {_number(e['model'], form)}{unit} |"
             )
     return "\n".join(rows)
 
 
+def _limits(training: Mapping[str, Any]) -> str:
+    return _LIMITS.format(_SIMULATED if training.get("simulation") else _MEASURED)
+
+
+_TARGETS = "500 | within 5% | at most 0.0500 | within 0.50 | | | "
+
+_SIMULATED = """Trained on simulated tissue: it knows the simulator's ten cell types, 677 genes and stains, nothing
+  else. Real cells can be put through it; how far outside its experience they lie is said beside every picture."""
+
+_MEASURED = """It knows the cell types, genes and stains of its training tissue, nothing else. How far outside its
+  experience other cells lie is said beside every picture."""
+
 _LIMITS = """## Limits
 
-- Trained on simulated tissue: it knows the simulator's ten cell types, 677 genes and stains, nothing else. Real cells
-  can be put through it; how far outside its experience they lie is said beside every picture.
+- {}
 - The model learned from observation. A reporter gene (an effect of the environment) moves the picture like a cause; in
   the known-truth tissue its true effect is none.
 - CD4 T, CD8 T and B cells look alike in H&E; the reader counts them together.

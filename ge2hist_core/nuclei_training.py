@@ -436,6 +436,7 @@ def main(args: argparse.Namespace) -> None:
     if autoencoder is not None:
         reader.figures["reconstructed"] = judge(reader, reconstructed(test, autoencoder))
     reader.figures |= {"donors": split["test"], "data": store.path.name, "train": to_json(config)}
+    reader.figures["learned_from"] = store.provenance
     reader.save(args.out)
     checkpoint.unlink(missing_ok=True)
     print(json.dumps({name: value for name, value in reader.figures.items() if not isinstance(value, dict)}, indent=1))

@@ -290,7 +290,14 @@ def _axes(corpus: _Corpus) -> Tensor:
     return torch.from_numpy((pca.components_ / scale[:, None]).T.astype(np.float32))
 
 
-def pretrain(cells: Cells, out: str | Path, config: PretrainConfig, *, resume: bool = False) -> Iterator[Step]:
+def pretrain(
+    cells: Cells,
+    out: str | Path,
+    config: PretrainConfig,
+    *,
+    resume: bool = False,
+    learned_from: dict[str, Any] | None = None,
+) -> Iterator[Step]:
     """Train on ``cells``, yielding each step's values; the folder is complete when the iterator ends.
 
     The weights depend on cells, config and number of threads alone. A checkpoint is written every
@@ -302,6 +309,7 @@ def pretrain(cells: Cells, out: str | Path, config: PretrainConfig, *, resume: b
     cells: raw counts; their genes become the vocabulary. Cells without counts are left out.
     out: folder for ``args.json``, ``vocab.json``, ``best_model.pt`` (exponential moving average of the weights).
     resume: go on from the checkpoint in ``out``, if there is one; a finished folder is left as it is.
+    learned_from: provenance of the cells, kept in ``pretraining.json``.
 
     Raises
     ------
@@ -359,12 +367,17 @@ def pretrain(cells: Cells, out: str | Path, config: PretrainConfig, *, resume: b
                 torch.save({**state, "optimizer": optimizer.state_dict(), "identity": identity}, temporary)
         yield record
 
-    _write_folder(out, average, corpus, config, log)
+    _write_folder(out, average, corpus, config, log, learned_from)
     checkpoint.unlink(missing_ok=True)
 
 
 def _write_folder(
-    out: Path, network: Pretrainer, corpus: _Corpus, config: PretrainConfig, log: list[dict[str, Any]]
+    out: Path,
+    network: Pretrainer,
+    corpus: _Corpus,
+    config: PretrainConfig,
+    log: list[dict[str, Any]],
+    learned_from: dict[str, Any] | None,
 ) -> None:
     args = {
         "embsize": config.dim,
@@ -390,6 +403,7 @@ def _write_folder(
         "cells": len(corpus),
         "genes": corpus.counts.shape[1],
         "data_sha256": corpus.sha256,
+        "learned_from": learned_from,
         "final": {name: float(np.mean([row[name] for row in tail])) for name in ("loss", "gep", "gepc")},
         "log": log[:: max(1, len(log) // 200)],
     }
@@ -455,7 +469,7 @@ def main(args: argparse.Namespace) -> None:
     config = PretrainConfig(steps=args.steps, batch_size=args.batch_size, seed=args.seed, precision=args.precision)
     train = store.cells.take(store.rows(split["train"], interior=False))
     with tqdm(total=config.steps, unit="step", desc="pretrain") as bar:
-        for step in pretrain(train, args.out, config, resume=args.resume):
+        for step in pretrain(train, args.out, config, resume=args.resume, learned_from=store.provenance):
             bar.update(step.step + 1 - bar.n)
             bar.set_postfix(gep=f"{step.gep:.4f}", gepc=f"{step.gepc:.4f}")
     held_out = store.cells.take(store.rows(split["validation"], interior=False))

@@ -216,6 +216,11 @@ class TissueStore:
             digest.update(np.ascontiguousarray(array, dtype=np.float64).tobytes())
         return digest.hexdigest()
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Which tissue this is and how its donors are split, to be kept with whatever learns from it."""
+        return {"store": self.identity, "simulation": self.simulation, "donors": self.split()}
+
     def split(self, seed: int = 0) -> dict[str, list[str]]:
         """Donors of ``train``, ``validation`` and ``test``, about 80 / 7 / 13 %; each of three or more gets one.
 

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Support"]
+__all__ = ["OUTSIDE", "Support"]
+
+OUTSIDE = 0.05
+"""A conformal p-value below this says: fewer than 1 in 20 cells like those of training lie as far out."""
 
 
 @dataclass(frozen=True, eq=False)

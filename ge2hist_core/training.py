@@ -16,7 +16,8 @@ killed at any moment and resumed ends in the weights of an uninterrupted one (sa
 processes).
 
 ``--start-from BUNDLE`` goes on from a finished bundle: to train it longer, or on other tissue with the same encoder.
-Its autoencoder stays as it is, its VAEs and U-Net are where the main stage begins.
+Its autoencoder stays as it is, its VAEs and U-Net are where the main stage begins. With ``--freeze-encoder`` its VAEs
+stay as well, and the U-Net learns (8) on a condition that no longer moves.
 
 Choices
 - Types are seen in proportion to the square root of their frequency: one that is 100 times rarer is seen 10 times less.
@@ -66,6 +67,7 @@ from ge2hist_core.vae import (
     active_units,
     classification_loss,
     fit_mixture,
+    follow_type_mean,
     kl_divergence,
     neighbours_loss,
     probe_accuracy,
@@ -141,6 +143,7 @@ class MainObjective(nn.Module):
 
     alpha: Tensor
     sigma: Tensor
+    type_mean: Tensor
 
     def __init__(self, encoder: StateEncoder, denoiser: Denoiser, model: ModelConfig, config: TrainConfig) -> None:
         super().__init__()
@@ -148,12 +151,14 @@ class MainObjective(nn.Module):
         bars = torch.tensor(alphas_cumprod(model.train_timesteps), dtype=torch.float64)
         self.register_buffer("alpha", bars.sqrt().float(), persistent=False)
         self.register_buffer("sigma", (1 - bars).sqrt().float(), persistent=False)
+        self.register_buffer("type_mean", torch.zeros(len(model.cell_types), model.d_e))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         embedding, label, x_0, noise = batch["embedding"], batch["label"], batch["latent"], batch["noise"]
-        q_c, q_e = self.encoder(embedding)
-        z_c = q_c.loc + q_c.scale * batch["eps_c"]
-        z_e = q_e.loc + q_e.scale * batch["eps_e"]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
+            q_c, q_e = self.encoder(embedding)
+            z_c = q_c.loc + q_c.scale * batch["eps_c"]
+            z_e = q_e.loc + q_e.scale * batch["eps_e"]
 
         alpha, sigma = (level[batch["t"]][:, None, None, None] for level in (self.alpha, self.sigma))
         x_t = alpha * x_0 + sigma * noise  # (4)
@@ -165,7 +170,8 @@ class MainObjective(nn.Module):
         logits = type_vae.logits(z_c)
         cls = classification_loss(logits, label)  # (1)
         kl = kl_divergence(q_e, embedding.shape[1])  # (2)
-        leak = type_leak(q_e.loc, label)
+        leak = type_leak(q_e.loc, label, self.type_mean)
+        follow_type_mean(self.type_mean, q_e.loc, label)
         prior = type_prior(q_c, type_vae.prior_mean, label, embedding.shape[1])
         together = type_vae.generative(z_c) + niche_vae.generative(z_e)
         rec = reconstruction_loss(together, self.encoder.standardise(embedding))
@@ -174,6 +180,8 @@ class MainObjective(nn.Module):
         c = self.config
         loss = cdm + c.beta * cls + c.gamma * kl  # (9)
         loss = loss + c.type_prior * prior + c.type_leak * leak + c.reconstruction * rec + c.neighbours * around
+        if c.freeze_encoder:
+            loss = cdm
         accuracy = (logits.argmax(1) == label).float().mean()
         return {
             "loss": loss,
@@ -227,7 +235,7 @@ def fit(
     average = copy.deepcopy(objective).requires_grad_(False)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=peak_rate, weight_decay=1e-4)
     checkpoint, log = work / f"{stage}.pt", work / f"{stage}.csv"
-    start = 0
+    start, before, began = 0, 0.0, time.monotonic()
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if state["identity"] != identity:
@@ -235,7 +243,7 @@ def fit(
         objective.load_state_dict(state["objective"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+        start, before = state["step"], state.get("seconds", 0.0)
     trained, optimizer = accelerator.prepare(objective, optimizer)
     rows = _read_log(log, start)
 
@@ -243,6 +251,7 @@ def fit(
         if not accelerator.is_main_process:
             return
         state = {"identity": identity, "step": step, "objective": objective.state_dict()}
+        state["seconds"] = before + time.monotonic() - began
         with atomic_path(checkpoint) as temporary:
             torch.save({**state, "average": average.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
         _write_log(log, rows)
@@ -260,7 +269,7 @@ def fit(
         _update_average(average, objective, min(config.ema, (1 + step) / (10 + step)))
         record = Record(stage, step + 1, steps, {name: value.item() for name, value in terms.items()})
         rows.append({"step": record.step, **record.terms})
-        late = time.monotonic() > deadline
+        late = _any_process(accelerator, time.monotonic() > deadline)
         if late or record.step % config.checkpoint_every == 0 or record.step == steps:
             save(record.step)
         yield record
@@ -268,6 +277,13 @@ def fit(
             break
     objective.load_state_dict(average.state_dict())
     objective.eval().requires_grad_(False).to("cpu")
+
+
+def _any_process(accelerator: Accelerator, value: bool) -> bool:
+    """Whether any process says so: all must leave the loop at the same step."""
+    if accelerator.num_processes == 1:
+        return value
+    return bool(accelerator.reduce(torch.tensor(float(value), device=accelerator.device), "sum").item() > 0)
 
 
 @torch.no_grad()
@@ -326,12 +342,15 @@ class Trainer:
         accelerator: Accelerator | None = None,
         start: GE2Hist | None = None,
     ) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         self.store, self.out, self.config, self.start = store, Path(out), config, start
         self.work = self.out / ".work"
-        self.accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision)
+        # The VAE stage leaves classifier and neighbours without a gradient, which several processes must be told.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[unused])
         self.model = GE2Hist.untrained(model, scgpt_folder, config.seed)
+        self._refuse_leaks(self.model)
         if start is not None:
             self._take_over(start)
         if (self.out / "reader.safetensors").exists():
@@ -361,15 +380,19 @@ class Trainer:
         changed = [k for k, v in to_json(start.config).items() if to_json(self.model.config)[k] != v]
         if changed:
             raise BadInput(f"{start.folder} has another {changed[0]} than this run: use its preset and kind of store.")
-        split = self.store.split()
-        leaked = sorted(start.has_learned_from(self.store, ("train",)) & {*split["validation"], *split["test"]})
-        if leaked:
-            raise BadInput(
-                f"{start.folder} has learned from donor {leaked[0]!r}, which this store holds out: use the store that "
-                "it was trained on, or donors that it has not seen."
-            )
+        self._refuse_leaks(start)
         for part in ("encoder", "autoencoder", "denoiser"):
             getattr(self.model, part).load_state_dict(getattr(start, part).state_dict())
+
+    def _refuse_leaks(self, model: GE2Hist) -> None:
+        """Nothing that this run builds on may have been trained on donors that its figures are made on."""
+        split = self.store.split()
+        leaked = sorted(model.has_learned_from(self.store, ("train",)) & {*split["validation"], *split["test"]})
+        if leaked:
+            raise BadInput(
+                f"{model.folder or model.scgpt_folder} has learned from donor {leaked[0]!r}, which this store holds "
+                "out: use the store that it was trained on, or donors that it has not seen."
+            )
 
     def _limited(self, rows: np.ndarray) -> np.ndarray:
         """At most ``cells_per_donor`` rows of each donor, drawn at random."""
@@ -402,6 +425,7 @@ class Trainer:
         for array in (self.store.cells.counts.data, self.store.cells.counts.indices, self.store.cells.counts.indptr):
             digest.update(np.ascontiguousarray(array).tobytes())
         digest.update("\n".join(self.store.cells.cell_id).encode())
+        digest.update(self.store.tiles(self.rows["train"][:8]).tobytes())  # another renderer or scanner shows here
         return digest.hexdigest()
 
     def run(self, deadline: float = float("inf")) -> Iterator[Record]:
@@ -425,12 +449,10 @@ class Trainer:
             objective = VAEObjective(model.encoder, config)
             yield from self._fit(objective, "vae", self._vae_batch, config.vae_steps)
         objective = MainObjective(model.encoder, model.denoiser, model.config, config)
-        done = 0
-        for record in self._fit(objective, "main", self._main_batch, config.steps, deadline):
-            done = record.step
-            yield record
+        yield from self._fit(objective, "main", self._main_batch, config.steps, deadline)
         if self.accelerator.is_main_process:
-            self.finish(done)
+            state = torch.load(self.work / "main.pt", map_location="cpu", weights_only=True)
+            self.finish(state["step"], state.get("seconds"))
 
     def _fit(
         self,
@@ -566,7 +588,7 @@ class Trainer:
     def _some(self, name: str, n: int) -> np.ndarray:
         return np.sort(rng.stream(self.config.seed, "subset", name).permutation(self.rows[name])[:n])
 
-    def finish(self, steps_done: int) -> None:
+    def finish(self, steps_done: int, seconds: float | None = None) -> None:
         """Fit the mixture and the support, judge the separation, write the bundle."""
         model, seed = self.model, self.config.seed
         model.denoiser.round_to_half()
@@ -575,14 +597,12 @@ class Trainer:
         reference, held_out = self._some("train", 3000), self._some("validation", 2000)
         ids = self.store.cells.cell_id[reference]
         model.support = Support.fit(self.embedding[reference], ids, self.embedding[held_out])
-        split = self.store.split()
         model.report = {
             "data": self.store.path.name,
-            "store": self.store.identity,
-            "simulation": self.store.simulation,
-            "donors": {name: list(donors) for name, donors in split.items()},
+            **self.store.provenance,
             "cells": {name: len(rows) for name, rows in self.rows.items()},
             "steps": steps_done,
+            "seconds": seconds,
             "train": to_json(self.config),
             "started_from": None
             if self.start is None
@@ -656,9 +676,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="demo")
     parser.add_argument("--steps", type=int, help="of the main training; may be raised on a later --resume")
     parser.add_argument("--minutes", type=float, help="of this run; then the bundle is written, --resume goes on")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"))
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"))
     parser.add_argument("--seed", type=int)
     parser.add_argument("--start-from", type=Path, metavar="BUNDLE", help="a finished bundle to train on from")
+    parser.add_argument("--freeze-encoder", action="store_true", help="with --start-from: train the U-Net alone")
     parser.add_argument("--resume", action="store_true", help="go on with the work in BUNDLE")
 
 
@@ -673,9 +694,12 @@ def main(args: argparse.Namespace) -> None:
         raise BadInput(f"--steps is {args.steps}: give at least 1.")
     if (args.out / ".work").exists() and not args.resume:
         raise BadInput(f"{args.out} holds the work of another run: go on with --resume, or choose another --out.")
+    if args.freeze_encoder and args.start_from is None:
+        raise BadInput("--freeze-encoder needs trained VAEs: give --start-from a finished bundle.")
     preset = PRESETS[args.preset]
     given = {name: getattr(args, name) for name in ("steps", "mixed_precision", "seed")}
     config = replace(preset.train, **{name: value for name, value in given.items() if value is not None})
+    config = replace(config, freeze_encoder=args.freeze_encoder)
     store = TissueStore(args.data)
     model = replace(
         preset.model,

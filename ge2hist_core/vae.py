@@ -43,6 +43,7 @@ __all__ = [
     "active_units",
     "classification_loss",
     "fit_mixture",
+    "follow_type_mean",
     "kl_divergence",
     "neighbours_loss",
     "probe_accuracy",
@@ -156,17 +157,24 @@ def type_prior(q: Normal, prior_mean: Tensor, labels: Tensor, embedding_dim: int
     return _kl_per_embedding_dim(q, prior_mean[labels], embedding_dim)
 
 
-def type_leak(mu: Tensor, labels: Tensor) -> Tensor:
+def type_leak(mu: Tensor, labels: Tensor, type_mean: Tensor) -> Tensor:
     """How far the mean of ``mu [cell, d_e]`` differs between types, as a share of its mean square: 0 to about 1.
 
-    The mean of inner products over pairs of different cells of one type, which estimates E ||mean of a type||^2 without
-    bias, over the mean square of ``mu``, which gets no gradient; 0 without such a pair. It may be negative. Without the
-    division the noise of the estimate grows with the fourth power of ``mu``'s scale, and training blows up sooner or
-    later.
+    ``type_mean [type, d_e]`` is a running mean over batches before this one; neither it nor the mean square gets a
+    gradient. Means within the batch would be unbiased too, but over two or three cells of a type they are mostly noise,
+    and the noise drives ``mu`` to ever larger scales until training blows up.
     """
-    same = (labels[:, None] == labels).to(mu.dtype).fill_diagonal_(0)
     spread = mu.detach().square().sum(1).mean().clamp_min(1e-6)
-    return ((mu @ mu.T) * same).sum() / same.sum().clamp_min(1) / spread
+    return (mu * type_mean[labels]).sum(1).mean() / spread
+
+
+@torch.no_grad()
+def follow_type_mean(type_mean: Tensor, mu: Tensor, labels: Tensor, rate: float = 0.05) -> None:
+    """Move the running mean of each type that occurs in the batch towards the batch's, in place."""
+    total = torch.zeros_like(type_mean).index_add_(0, labels, mu.to(type_mean.dtype))
+    n = torch.bincount(labels, minlength=len(type_mean))[:, None]
+    seen = n[:, 0] > 0
+    type_mean[seen] = torch.lerp(type_mean[seen], total[seen] / n[seen], rate)
 
 
 def reconstruction_loss(predicted: Tensor, standardised: Tensor) -> Tensor:

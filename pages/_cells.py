@@ -87,14 +87,15 @@ def _preview(source: H5adSource) -> None:
         st.caption(f":material/warning: {_ui.plain(warning)}")
 
 
-def cell_panel(experiment: Experiment, source: H5adSource, profile: Profile) -> None:
+def cell_panel(experiment: Experiment, source: H5adSource, profile: Profile | None) -> None:
     st.markdown("#### Cell")
     current = experiment.recipe.cell_ids[0]
     rows = (~source.empty).nonzero()[0]
     if source.cell_type is not None:
         types = sorted(set(source.cell_type[rows]))
         counts = {name: int((source.cell_type[rows] == name).sum()) for name in types}
-        st.session_state["type"] = profile.cell_type
+        of_current = str(source.cell_type[source.index_of(current)])
+        st.session_state["type"] = of_current
         st.selectbox(
             "Cell type",
             types,
@@ -103,7 +104,7 @@ def cell_panel(experiment: Experiment, source: H5adSource, profile: Profile) -> 
             on_change=_ui.safely(_choose_type),
             args=(experiment, source),
         )
-        rows = rows[source.cell_type[rows] == profile.cell_type]
+        rows = rows[source.cell_type[rows] == of_current]
     ids = source.cell_id[rows].tolist()
     if len(ids) <= LISTED_CELLS:
         st.session_state["cell"] = current
@@ -123,7 +124,8 @@ def cell_panel(experiment: Experiment, source: H5adSource, profile: Profile) -> 
             )
         if (source.xy is not None or source.umap is not None) and st.button("Map", icon=":material/scatter_plot:"):
             _map(experiment, source)
-    _card(profile)
+    if profile is not None:
+        _card(profile)
 
 
 def _choose(experiment: Experiment, source: H5adSource, cell_id: str) -> None:

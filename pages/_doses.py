@@ -49,7 +49,7 @@ def dose_panel(result: Result, model: GE2Hist) -> None:
     if table is not None:
         _show(table, signature)
         return
-    state = _ui.get_worker().state(key)
+    state = _ui.get_worker().state(key, _ui.owner())
     if state is not None and not state.over:
         st.fragment(_watch, run_every=POLL_S)(key)
         return
@@ -79,7 +79,7 @@ def _submit(key: str, series: Any, model: GE2Hist, source: Any, recipe: Any) -> 
 
 def _watch(key: str) -> None:
     with _ui.guard():
-        state = _ui.get_worker().state(key)
+        state = _ui.get_worker().state(key, _ui.owner())
         if state is None or state.over:
             st.rerun()
         progress = state.progress

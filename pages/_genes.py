@@ -50,7 +50,7 @@ def gene_panel(experiment: Experiment, profile: Profile, edits: dict[str, dict[s
         st.caption("Add a gene, or start with one of the strongest of this cell:")
         with st.container(horizontal=True, gap="small"):
             for gene in table.index[table["known"] & (table["count"] > 0)][:6]:
-                st.button(str(gene), key=f"suggest {gene}", on_click=experiment.show_gene, args=(gene,))
+                st.button(_ui.plain(gene), key=f"suggest {gene}", on_click=experiment.show_gene, args=(gene,))
     for gene in experiment.genes:
         with st.container(border=True, key=f"gene-{gene}", gap="small"):
             _gene_card(experiment, profile, gene, edits)
@@ -95,7 +95,7 @@ def _gene_card(experiment: Experiment, profile: Profile, gene: str, edits: dict[
             )
             st.button(
                 ":material/close:",
-                help=f"Remove {gene}",
+                help=f"Remove {_ui.plain(gene)}",
                 key=f"drop {gene}",
                 type="tertiary",
                 on_click=experiment.drop_gene,
@@ -146,7 +146,10 @@ def _gene_card(experiment: Experiment, profile: Profile, gene: str, edits: dict[
     after = edits.get(gene)
     if after is None:
         seen = f"bin {row['bin']} of 50" if row["bin"] else "not seen by the encoder"
-        st.caption(f"{row['count']:g} counts{share} · {seen}")
+        st.caption(
+            f"{row['count']:g} counts{share} · {seen}",
+            help="The encoder sees the rank of a gene's count within the cell, in 50 bins; 50 is the cell's highest.",
+        )
         return
     st.caption(
         f"{row['count']:g} → {after['count_after']:.3g} counts · bin {after['bin_before']} → {after['bin_after']} of 50"

@@ -267,9 +267,32 @@ def _settings(experiment: Experiment, source: H5adSource) -> None:
     )
     st.selectbox("Seeds to compare", sorted({*SEED_CHOICES, len(recipe.seeds)}), key="n seeds", **change)
     st.number_input("First seed", 0, LAST_SEED, key="first seed", **change)
-    st.selectbox("Solver", list(SOLVERS), key="solver", format_func=SOLVERS.__getitem__, **change)
-    st.number_input("Denoising steps", 1, 1000, key="steps", **change)
-    st.number_input("Guidance", 0.0, 10.0, step=0.5, key="guidance", **change)
+    st.selectbox(
+        "Solver",
+        list(SOLVERS),
+        key="solver",
+        format_func=SOLVERS.__getitem__,
+        help="How noise is turned into a picture, step by step. The fast one gives nearly the same pictures.",
+        **change,
+    )
+    st.number_input(
+        "Denoising steps",
+        1,
+        1000,
+        key="steps",
+        help="More steps cost more time; too few spread the pictures too little. Drafts take at most 50.",
+        **change,
+    )
+    st.number_input(
+        "Guidance",
+        0.0,
+        10.0,
+        step=0.5,
+        key="guidance",
+        help="1: the model as trained. Above 1 pictures follow the cell more strongly than the training data do; "
+        "0 leaves the cell out.",
+        **change,
+    )
 
 
 def _set_cells(experiment: Experiment, source: H5adSource) -> None:
@@ -284,8 +307,11 @@ def _set_cells(experiment: Experiment, source: H5adSource) -> None:
 def _set_sampling(experiment: Experiment) -> None:
     state = st.session_state
     first, n = int(state["first seed"]), int(state["n seeds"])
+    seeds = experiment.recipe.seeds
+    if (first, n) != (min(seeds[0], LAST_SEED), len(seeds)):  # seeds of a link need not be a range
+        seeds = tuple(range(first, first + n))
     solver, steps = state["solver"], int(state["steps"])
     if solver != experiment.recipe.sample.solver:
         steps = {"ddpm": 1000, "ddim": 50}.get(solver, SampleConfig().steps)
     sample = SampleConfig(solver, steps, float(state["guidance"]))
-    experiment.recipe = replace(experiment.recipe, sample=sample, seeds=tuple(range(first, first + n)))
+    experiment.recipe = replace(experiment.recipe, sample=sample, seeds=seeds)

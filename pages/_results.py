@@ -135,6 +135,6 @@ def _table(result: Result, model: GE2Hist) -> None:
             "high": number("to", format="%.4g"),
             "p": number("p", format="%.3g"),
             "q": number("q (FDR)", format="%.3g"),
-            "n": "Seeds",
+            "n": "Pairs",
         },
     )

@@ -69,7 +69,7 @@ def _card(experiment: Experiment, part: EditSet, genes: Sequence[str]) -> None:
         st.markdown(f"**{_ui.plain(part.name)}**")
         st.button(
             ":material/close:",
-            help=f"Remove {part.name}",
+            help=f"Remove {_ui.plain(part.name)}",
             key=f"drop set {part.name}",
             type="tertiary",
             on_click=experiment.edit,

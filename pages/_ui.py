@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from perturb.run import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
+SHEET = 64
+"""Pictures on a contact sheet, at most."""
 UPLOAD_DAYS = 7
 """Uploaded files unused for longer are removed when another file is uploaded."""
 
@@ -189,7 +192,7 @@ def _profile(recipe_hash: str, seed: int, _cells: Cells, _model: GE2Hist) -> Pro
 
 def get_edits(recipe: Recipe, model: GE2Hist, source: H5adSource) -> dict[str, dict[str, Any]]:
     """What the encoder sees of each edited gene of the first cell; see :func:`perturb.tables.edit_table`."""
-    return _edits(recipe.draft.hash, recipe, model, get_cells(recipe, source))
+    return _edits(recipe.hash, recipe, model, get_cells(recipe, source))
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -198,6 +201,12 @@ def _edits(recipe_hash: str, _recipe: Recipe, _model: GE2Hist, _cells: Cells) ->
 
     table = edit_table(_recipe.perturbation, _cells.take([0]), _model, _recipe.encoder_seed, _cells)
     return table.drop(columns="cell_id").set_index("gene").to_dict("index")
+
+
+@st.cache_resource(show_spinner=False)
+def draft_lock() -> threading.Lock:
+    """Drafts are drawn one after the other: two at once would each take twice as long and twice the memory."""
+    return threading.Lock()
 
 
 @st.cache_resource(show_spinner=False)
@@ -223,7 +232,7 @@ def get_result(recipe: Recipe) -> Result | None:
         return None
 
 
-@st.cache_resource(max_entries=24, show_spinner=False)
+@st.cache_resource(max_entries=8, show_spinner=False)
 def _result(recipe_hash: str, folder: str) -> Result:
     from perturb.result import load_result
 
@@ -234,11 +243,12 @@ def _result(recipe_hash: str, folder: str) -> Result:
 
 
 def draw(recipe: Recipe, model: GE2Hist, source: H5adSource, on_progress: Callable[[Progress], None]) -> Result:
-    """The result of a recipe, drawn here and now if it is not at hand. Fit for one seed."""
+    """The result of a recipe, drawn here and now if it is not at hand. Fit for one seed; one draft at a time."""
     from perturb.run import run
 
     if (found := get_result(recipe)) is None:
-        run(recipe, model, get_cells(recipe, source), cache=get_cache(), on_progress=on_progress)
+        with draft_lock():
+            run(recipe, model, get_cells(recipe, source), cache=get_cache(), on_progress=on_progress)
         found = get_result(recipe)
     if found is None:
         raise BadInput(f"The result could not be kept in {home()}: free some disk space there.")
@@ -267,7 +277,7 @@ def sheet_png(recipe_hash: str, arm: str, _result: Result) -> bytes:
     """All seeds of an arm on one sheet, as PNG."""
     from perturb import pictures
 
-    sheet = pictures.contact_sheet(getattr(_result, arm), columns=4)
+    sheet = pictures.contact_sheet(getattr(_result, arm)[:SHEET], columns=4)
     return pictures.png_bytes(sheet, {"generated": "true", "recipe_sha256": recipe_hash})
 
 
@@ -372,10 +382,11 @@ def open_experiment(model: GE2Hist) -> tuple[Experiment, H5adSource] | None:
         if not demo_cells().is_file():
             return None
         known = new_experiment(demo_cells(), model)
-    if known.recipe.model_sha256 != model.sha256:  # the bundle was trained again meanwhile
-        known.recipe = replace(known.recipe, model_sha256=model.sha256)
+    source = get_source(known.path, model, known.recipe.matrix, known.recipe.gene_column)
+    # The bundle was trained again, or the file replaced, meanwhile.
+    known.recipe = replace(known.recipe, model_sha256=model.sha256, data_sha256=source.sha256)
     st.session_state["experiment"] = known
-    return known, get_source(known.path, model, known.recipe.matrix, known.recipe.gene_column)
+    return known, source
 
 
 def write_address(experiment: Experiment) -> None:
@@ -435,7 +446,7 @@ def submit(recipe: Recipe, model: GE2Hist, source: H5adSource) -> None:
 
 def job(recipe: Recipe) -> JobState | None:
     """How the worker stands with a recipe."""
-    return get_worker().state(recipe.hash)
+    return get_worker().state(recipe.hash, owner())
 
 
 def cancel(recipe: Recipe) -> None:

@@ -19,7 +19,8 @@ LIMITS = """
   and the app says so where a cell lies outside of the training data.
 - The encoder sees ranks of counts within a cell. An edit that changes no rank changes nothing (a *plateau*).
 - Nuclei are found and typed in the pictures by a trained reader that miscounts and mistypes some, in both alike.
-- Intervals cover the noise of drawing: other seeds. They do not cover other cells, other donors or the model's errors.
+- Intervals cover the noise of drawing: other seeds, and other cells where several were chosen. They do not cover other
+  donors or the model's errors.
 - CD4 T, CD8 T and B cells look alike in H&E; the pictures' nuclei are therefore counted as *Lymphocyte*.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
+from ge2hist_core.types import BadInput
 from pages import _ui
 from pages._cells import cell_panel, data_panel, upload
 from pages._genes import gene_panel
@@ -25,9 +26,13 @@ def page() -> None:
         return
     experiment, source = opened
     _ui.show_message()
-    profile = _ui.get_profile(experiment.recipe, model, source)
     with st.sidebar:
         data_panel(experiment, source, model)
+        try:
+            profile = _ui.get_profile(experiment.recipe, model, source)
+        except BadInput:  # a cell that the encoder knows nothing of: the way to others has to stay
+            cell_panel(experiment, source, None)
+            raise
         cell_panel(experiment, source, profile)
     genes, niche = st.columns([1, 2.35], gap="medium")
     with genes, _ui.guard():

@@ -14,6 +14,7 @@ import os
 import re
 import time
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,9 @@ class DiskCache:
             with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             os.utime(path)
-        except FileNotFoundError:
+        except OSError:  # not there, or not to be opened just now
             return None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
             path.unlink(missing_ok=True)
             return None
         return arrays
@@ -91,9 +92,9 @@ class DiskCache:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             os.utime(path)
-        except FileNotFoundError:
+        except OSError:  # not there, or not to be opened just now
             return None
-        except (OSError, ValueError):
+        except ValueError:
             path.unlink(missing_ok=True)
             return None
         return value

@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 
 from perturb.colours import colour_of
 
-__all__ = ["THEMES", "composition", "density", "dose_response", "effects", "spacing"]
+__all__ = ["THEMES", "composition", "density", "dose_response", "effects", "spacing", "volcano"]
 
 THEMES = {
     "light": {"template": "plotly_white", "ink": "#222222", "muted": "#8A8A8A", "grid": "#E4E4E4"},
@@ -117,7 +117,7 @@ def spacing(readouts: pd.DataFrame, summary: pd.DataFrame, theme: str = "light")
             mode="lines",
             line={"color": ink["muted"], "width": 1},
             opacity=0.6,
-            name="One seed",
+            name="One picture pair",
             hoverinfo="skip",
             showlegend=column == 1,
             row=1,
@@ -232,6 +232,39 @@ def dose_response(
     kind, _, name = readout.partition(":")
     title = f"Share of {name}" if kind == "fraction" else f"Density of {name}" if name else _label(readout)
     return _finish(figure, theme, f"Dose response: {title}")
+
+
+def volcano(confirmed: pd.DataFrame, theme: str = "light") -> go.Figure:
+    """Effect against -log10 p of the drawn candidates of one readout; filled where q < 0.05 and replicated.
+
+    Parameters
+    ----------
+    confirmed: ``candidate, unit, effect, low, high, p, q, replicated`` (:func:`perturb.screen.confirm`), one readout.
+    """
+    rows = confirmed[confirmed["p"].notna()]
+    hit = (rows["q"] < 0.05) & rows["replicated"]
+    figure = go.Figure()
+    figure.add_vline(x=0, line={"color": THEMES[theme]["muted"], "dash": "dot"})
+    figure.add_scatter(
+        x=rows["effect"],
+        y=-np.log10(rows["p"]),
+        customdata=rows[["candidate", "low", "high", "q"]],
+        text=[name.partition("(")[0] for name in rows["candidate"]],
+        mode="markers+text",
+        textposition="top center",
+        marker={
+            "size": 11,
+            "color": [colour_of("CD8 T cell") if h else THEMES[theme]["muted"] for h in hit],
+            "symbol": ["circle" if h else "circle-open" for h in hit],
+        },
+        hovertemplate="%{customdata[0]}<br>effect %{x:.3g}, interval %{customdata[1]:.3g} to %{customdata[2]:.3g}"
+        "<br>q = %{customdata[3]:.2g}<extra></extra>",
+        showlegend=False,
+    )
+    figure.update_xaxes(title_text=f"Edited - unedited ({_unit(rows)})")
+    figure.update_yaxes(title_text="-log10 p", rangemode="tozero")
+    figure.update_layout(clickmode="event+select")
+    return _finish(figure, theme, "Drawn candidates; filled: q < 0.05 and replicated")
 
 
 def _label(readout: str) -> str:

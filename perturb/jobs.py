@@ -2,7 +2,8 @@
 
 A job is known by a key, the hash of what it makes; whoever asks for the same key shares the job. What a job makes it
 writes to disk itself (:class:`perturb.cache.DiskCache`), so a page that is closed or run again loses nothing and finds
-the state by polling. A shared job ends only when everybody who asked for it has cancelled.
+the state by polling. A shared job ends only when everybody who wants it has cancelled: who asked for it or watches it,
+and has looked at it within the last seconds. A tab that was closed no longer counts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,6 +23,9 @@ __all__ = ["JobState", "QueueFull", "Work", "Worker"]
 
 Work = Callable[[Callable[[Progress], None], threading.Event], object]
 """``work(on_progress, cancel)``: does the job, reports, ends soon after ``cancel`` is set."""
+
+AWAY_S = 10.0
+"""A page polls several times a second; one that has not for so long is closed or shows something else."""
 
 REMEMBERED = 256
 """Finished jobs whose state is kept, the latest ones."""
@@ -56,7 +61,7 @@ class JobState:
 class _Job:
     key: str
     work: Work
-    owners: set[str]
+    owners: dict[str, float]
     number: int
     state: JobState = field(default_factory=lambda: JobState("queued"))
     cancel: threading.Event = field(default_factory=threading.Event)
@@ -90,12 +95,12 @@ class Worker:
                 raise RuntimeError("the worker is closed")
             job = self._jobs.get(key)
             if job is not None and not job.state.over and not job.cancel.is_set():
-                job.owners.add(owner)
+                job.owners[owner] = time.monotonic()
                 return
             if sum(other.state.status == "queued" for other in self._jobs.values()) >= self.max_queue:
                 raise QueueFull(f"{self.max_queue} runs are waiting already: try again when one of them is done.")
             self._jobs.pop(key, None)
-            self._jobs[key] = _Job(key, work, {owner}, next(self._numbers))
+            self._jobs[key] = _Job(key, work, {owner: time.monotonic()}, next(self._numbers))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="perturb worker", daemon=True)
                 self._thread.start()
@@ -107,25 +112,33 @@ class Worker:
         with self._changed:
             return tuple(self._jobs)
 
-    def state(self, key: str) -> JobState | None:
-        """State of a job, None for one that was never asked for or is forgotten (look on disk then)."""
+    def state(self, key: str, owner: str | None = None) -> JobState | None:
+        """State of a job, None for one that was never asked for or is forgotten (look on disk then).
+
+        Whoever looks under a name wants the job from then on, as if it had asked for it.
+        """
         with self._changed:
             job = self._jobs.get(key)
             if job is None:
                 return None
+            if owner is not None and not job.state.over:
+                job.owners[owner] = time.monotonic()
             if job.state.status != "queued":
                 return job.state
             before = sum(not other.state.over and other.number < job.number for other in self._jobs.values())
             return replace(job.state, position=before)
 
     def cancel(self, key: str, owner: str) -> None:
-        """Withdraw one owner's wish; without owners left a waiting job is dropped and a running one is told to stop."""
+        """Withdraw one owner's wish; without owners left a waiting job is dropped and a running one is told to stop.
+
+        Owners that have not looked for ``AWAY_S`` seconds do not count any more.
+        """
         with self._changed:
             job = self._jobs.get(key)
             if job is None or job.state.over:
                 return
-            job.owners.discard(owner)
-            if not job.owners:
+            job.owners.pop(owner, None)
+            if all(time.monotonic() - seen > AWAY_S for seen in job.owners.values()):
                 job.cancel.set()
                 if job.state.status == "queued":
                     job.state = JobState("cancelled")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ge2hist_core.support import OUTSIDE
 from ge2hist_core.types import Cells
 from perturb.edits import MIN_REFERENCE
-from perturb.tables import OUTSIDE
 
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist

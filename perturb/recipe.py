@@ -24,6 +24,8 @@ __all__ = ["DEFAULT_SEEDS", "MAX_PICTURES", "SCHEMA", "Recipe"]
 
 SCHEMA = 1
 DEFAULT_SEEDS = tuple(range(16))
+DRAFT_STEPS = 50
+"""Most steps of a draft: it is drawn while the user waits."""
 MAX_PICTURES = 4096
 """Cells times seeds in one arm."""
 
@@ -96,8 +98,14 @@ class Recipe:
 
     @property
     def draft(self) -> Recipe:
-        """The same with the first cell and the first seed alone, for a quick look."""
-        return replace(self, cell_ids=self.cell_ids[:1], seeds=self.seeds[:1])
+        """The same with the first cell and the first seed alone, for a quick look.
+
+        A sampler of more than ``DRAFT_STEPS`` steps is replaced by the default one of the same guidance.
+        """
+        sample = self.sample
+        if sample.steps > DRAFT_STEPS:
+            sample = SampleConfig(guidance=sample.guidance)
+        return replace(self, cell_ids=self.cell_ids[:1], seeds=self.seeds[:1], sample=sample)
 
     @property
     def hash(self) -> str:

@@ -102,7 +102,7 @@ def replay(arm: Arm, model: GE2Hist) -> np.ndarray:
 
 
 def cells_for(source: H5adSource, cell_ids: Sequence[str]) -> Cells:
-    """The cells of a recipe and, after them, at most 500 others of each of their types, in the file's order.
+    """The cells of a recipe and, after them, at most 500 others of each of their types, drawn at random once for all.
 
     Raises
     ------
@@ -112,7 +112,9 @@ def cells_for(source: H5adSource, cell_ids: Sequence[str]) -> Cells:
     if source.cell_type is not None:
         for cell_type in dict.fromkeys(source.cell_type[rows]):
             peers = np.flatnonzero((source.cell_type == cell_type) & ~source.empty)
-            rows += np.setdiff1d(peers, rows)[:PEERS].tolist()
+            # Not the first ones: files are often sorted by donor or slide.
+            peers = rng.stream(0, "peers", str(cell_type)).permutation(peers)[:PEERS]
+            rows += np.setdiff1d(peers, rows).tolist()
     return source.take(rows)
 
 

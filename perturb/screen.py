@@ -5,9 +5,9 @@ Two stages.
 1. **Guess.** Every candidate is embedded and encoded, and the model's niche network says which neighbours it expects
    (:meth:`GE2Hist.expected_neighbours`): no picture is drawn. Each candidate's shift is compared with those of genes
    of like expression (matched-gene null).
-2. **Confirm.** The leading candidates are drawn with the same noise as the unedited cell. A first set of seeds keeps the
-   better half; p-values and intervals come from *further* seeds alone, which took no part in the choice, so that the
-   choice does not flatter them. Both sets are shown beside each other (replication).
+2. **Confirm.** The leading candidates are drawn with the same noise as the unedited cell. A first set of seeds keeps
+   the better half; p-values and intervals come from *further* seeds alone, which took no part in the choice, so that
+   the choice does not flatter them. Both sets are shown beside each other (replication).
 
 A knock-out of a gene that a cell does not express changes nothing at all, so such genes are not candidates.
 
@@ -110,12 +110,17 @@ class Screen:
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
     @property
-    def pictures(self) -> int:
-        """How many pictures the second stage draws, at most."""
+    def edited_pictures(self) -> int:
+        """How many edited pictures the second stage draws."""
         n = min(self.keep, len(self.candidates))
         kept = -(-n // 2)
-        cells = len(self.recipe.cell_ids)
-        return cells * ((n + 1) * len(self.first_seeds) + (kept + 1) * len(self.further_seeds))
+        return len(self.recipe.cell_ids) * (n * len(self.first_seeds) + kept * len(self.further_seeds))
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures the second stage draws, the unedited ones among them."""
+        unedited = len(self.recipe.cell_ids) * (len(self.first_seeds) + len(self.further_seeds))
+        return self.edited_pictures + unedited
 
     def edited(self, candidate: Perturbation, seeds: tuple[int, ...]) -> Recipe:
         """The recipe of a candidate: the screen's own edits, then the candidate's."""
@@ -342,13 +347,15 @@ def _strength(readouts: pd.DataFrame, readout: str) -> float:
 
 
 def _confirmed(first: dict[str, pd.DataFrame], further: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    parts = []
+    rows = []
     for name, table in first.items():
-        more = further.get(name, pd.DataFrame(columns=["readout", "unit", "effect", "low", "high", "p", "n"]))
-        parts.append(table.merge(more, how="outer", on=["readout", "unit"], sort=False).assign(candidate=name))
-    table = pd.concat(parts, ignore_index=True)
-    for name in ("effect", "low", "high", "p", "n", "first_effect"):
-        table[name] = table[name].astype(np.float64)
+        before = table.set_index("readout").to_dict("index")
+        after = further[name].set_index("readout").to_dict("index") if name in further else {}
+        for readout in dict.fromkeys((*before, *after)):
+            rows.append({"candidate": name, "readout": readout} | before.get(readout, {}) | after.get(readout, {}))
+    numbers = ["first_effect", "effect", "low", "high", "p", "n"]
+    table = pd.DataFrame(rows, columns=["candidate", "readout", "unit", *numbers])
+    table[numbers] = table[numbers].astype(np.float64)
     table["q"] = bh_fdr(table["p"].to_numpy())
     table["replicated"] = np.sign(table["first_effect"]) == np.sign(table["effect"])
     columns = ["candidate", "readout", "unit", "first_effect", "effect", "low", "high", "p", "q", "n", "replicated"]
@@ -375,7 +382,7 @@ def run_screen(
     ------
     BadInput: as :func:`perturb.run.run`. ge2hist_core.sampler.Stopped: cancelled; :func:`load_screen` has the part.
     """
-    total = screen.pictures
+    total = screen.edited_pictures
 
     def ranking(progress: Progress) -> None:
         if on_progress is not None:

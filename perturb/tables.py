@@ -12,6 +12,7 @@ import pandas as pd
 
 from ge2hist_core.config import READER_CLASSES
 from ge2hist_core.niche import niche_stats
+from ge2hist_core.support import OUTSIDE
 from ge2hist_core.types import Cells
 from perturb.cache import engine_fingerprint
 from perturb.edits import MIN_REFERENCE, Perturbation
@@ -36,9 +37,6 @@ __all__ = [
 LEVEL = 0.95
 UNITS = {"density": "cells/mm²", "fraction": "fraction", "spacing": "µm", "spacing_var": "µm²"}
 """Unit of a readout by the part of its name before the colon."""
-
-OUTSIDE = 0.05
-"""A conformal p-value below this says: fewer than 1 in 20 cells of the training data lie as far out."""
 
 
 def compare(
@@ -225,8 +223,10 @@ def technical_warnings(
                 f"{where} goes from {row.count_before:g} to {row.count_after:g} counts but stays in the encoder's bin "
                 f"{row.bin_before} of 50: the edit is on a plateau."
             )
-    if recipe.perturbation and len(recipe.seeds) < 6:
+    several = len(recipe.cell_ids) > 1
+    n, unit = (len(recipe.cell_ids), "cell") if several else (len(recipe.seeds), "seed")
+    if recipe.perturbation and n < 6:
         yield (
-            f"With {len(recipe.seeds)} seed{'s' * (len(recipe.seeds) > 1)} no difference can reach p < 0.05: "
-            "this is a draft, choose at least 6 seeds."
+            f"With {n} {unit}{'s' * (n > 1)} no difference can reach p < 0.05: "
+            f"this is a draft, choose at least 6 {unit}s."
         )

@@ -47,17 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--donors", type=int, default=40, help="number of donors, one section each")
     parser.add_argument("--first-donor", type=int, default=0, help="number of the first donor")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace a store that is at OUT.zarr")
     parser.add_argument("--size-um", type=float, default=512.0, help="side of a section in um")
 
 
 def main(args: argparse.Namespace) -> None:
+    import pandas as pd
+
     from ge2hist_core.simulator.expression import load_genes
     from ge2hist_core.store import write_store
 
     if args.donors < 1:
         raise BadInput(f"--donors is {args.donors}: give at least 1.")
+    if args.out.exists() and not args.overwrite:
+        raise BadInput(f"{args.out} exists: give another name, or --overwrite to replace it.")
     donors = range(args.first_donor, args.first_donor + args.donors)
     simulation = {"seed": args.seed, "donors": list(donors), "size_um": args.size_um}
-    write_store(
-        args.out, simulate_sections(args.seed, donors, args.size_um), list(load_genes().symbols), simulation=simulation
-    )
+    table = load_genes()
+    genes = pd.DataFrame({"role": table.role, "programme": table.programme}, index=pd.Index(table.symbols))
+    write_store(args.out, simulate_sections(args.seed, donors, args.size_um), genes, simulation=simulation)

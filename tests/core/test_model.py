@@ -208,7 +208,7 @@ def test_weights_of_other_sizes_are_refused(bundle: Path, tmp_path: Path):
     [
         ("{", "is damaged"),
         ("[]", "is damaged"),
-        ('{"format": 99, "config": {}}', "bundle format 99, this version reads 1"),
+        ('{"format": 99, "config": {}}', "bundle format 99, this version reads 2"),
     ],
 )
 def test_a_bad_header_is_explained(bundle: Path, tmp_path: Path, text: str, message: str):

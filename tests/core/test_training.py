@@ -149,6 +149,23 @@ def test_a_run_goes_on_from_a_finished_bundle(
         torch.testing.assert_close(value, start.encoder.state_dict()[name], rtol=0, atol=1e-6)
 
 
+def test_a_frozen_encoder_stays_to_the_last_bit_while_the_unet_learns(
+    finished: Trainer, store: TissueStore, scgpt_folder: Path, tmp_path: Path
+):
+    config = replace(TRAIN, steps=3, freeze_encoder=True)
+    trainer = Trainer(store, scgpt_folder, tmp_path / "b", MODEL, config, start=GE2Hist.load(finished.out))
+    records = [record for record in trainer.run() if record.stage == "main"]
+    assert all(record.terms["loss"] == record.terms["cdm"] for record in records)
+    before, after = weights(finished.out), weights(tmp_path / "b")
+    assert before["vae"] == after["vae"] and before["unet/condition"] != after["unet/condition"]
+
+
+def test_a_finished_run_resumed_still_knows_its_steps(finished: Trainer, store: TissueStore, scgpt_folder: Path):
+    trainer = Trainer(store, scgpt_folder, finished.out, MODEL, TRAIN)
+    assert list(trainer.run()) == []
+    assert GE2Hist.load(finished.out).report["steps"] == TRAIN.steps
+
+
 def test_a_bundle_that_does_not_fit_is_no_start(finished: Trainer, store: TissueStore, scgpt_folder: Path, tmp_path):
     start = GE2Hist.load(finished.out)
     with pytest.raises(BadInput, match="has another vae_hidden than this run"):

@@ -15,6 +15,7 @@ from ge2hist_core.vae import (
     active_units,
     classification_loss,
     fit_mixture,
+    follow_type_mean,
     kl_divergence,
     probe_accuracy,
     probe_r2,
@@ -108,19 +109,30 @@ def test_shapes(n: int):
     assert encoder.niche_vae.generative(q_e.loc).shape == (n, 12)
 
 
-def test_type_leak_is_the_mean_inner_product_of_pairs_of_one_type_over_the_mean_square():
-    mu, labels = rng.normal(0, "mu", (7, 3)), torch.tensor([0, 1, 0, 2, 1, 0, 3])
-    pairs = [mu[i] @ mu[j] for i in range(7) for j in range(7) if i != j and labels[i] == labels[j]]
-    expected = torch.stack(pairs).mean() / torch.stack([row @ row for row in mu]).mean()
-    assert type_leak(mu, labels).item() == pytest.approx(expected.item(), abs=1e-6)
-    assert type_leak(1000 * mu, labels).item() == pytest.approx(expected.item(), abs=1e-6), "free of scale"
-    assert type_leak(mu[[0, 1, 3]], labels[[0, 1, 3]]).item() == 0.0
+def test_type_leak_is_the_mean_inner_product_with_the_types_mean_over_the_mean_square():
+    mu, labels, means = rng.normal(0, "mu", (7, 3)), torch.tensor([0, 1, 0, 2, 1, 0, 3]), rng.normal(0, "m", (4, 3))
+    products = torch.stack([mu[i] @ means[labels[i]] for i in range(7)])
+    expected = products.mean() / torch.stack([row @ row for row in mu]).mean()
+    assert type_leak(mu, labels, means).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert type_leak(9 * mu, labels, 9 * means).item() == pytest.approx(expected.item(), abs=1e-6), "free of scale"
 
 
-def test_type_leak_has_no_gain_from_a_larger_or_smaller_scale_and_pulls_type_means_to_zero():
+def test_type_leak_pulls_type_means_to_zero_and_leaves_the_scale_alone():
     labels = torch.arange(2).repeat(8)
-    mu = (rng.normal(0, "mu", (16, 3)) * 0.1 + torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]])[labels]).requires_grad_(True)
-    leak = type_leak(mu, labels)
+    means = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]])
+    mu = (rng.normal(0, "mu", (16, 3)) * 0.1 + means[labels]).requires_grad_(True)
+    leak = type_leak(mu, labels, means)
     leak.backward()
     assert 0.9 < leak.item() <= 1.1
     assert (mu.grad[:, 0] * mu.detach()[:, 0] > 0).all(), "a step down moves every cell towards 0 along the type's axis"
+    assert (mu.grad[:, 1:] == 0).all()
+
+
+def test_the_running_mean_follows_the_types_that_occur():
+    means = torch.zeros(3, 2)
+    mu, labels = torch.tensor([[2.0, 0.0], [4.0, 2.0], [1.0, 1.0]]), torch.tensor([0, 0, 2])
+    follow_type_mean(means, mu, labels, 0.5)
+    torch.testing.assert_close(means, torch.tensor([[1.5, 0.5], [0.0, 0.0], [0.5, 0.5]]))
+    for _ in range(50):
+        follow_type_mean(means, mu, labels, 0.5)
+    torch.testing.assert_close(means[0], torch.tensor([3.0, 1.0]))

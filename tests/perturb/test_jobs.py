@@ -95,6 +95,22 @@ def test_two_users_of_one_job_and_only_the_last_cancel_stops_it(worker: Worker) 
     assert gate.runs == 1
 
 
+def test_a_tab_that_watches_can_cancel_what_a_closed_tab_started(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reload makes a new owner; the old one is never heard of again and must not keep the job alive."""
+    gate = Gate()
+    worker.submit("a", gate, "before the reload")
+    assert gate.running.wait(PATIENCE)
+    worker.state("a", "after the reload")
+    worker.cancel("a", "after the reload")
+    assert worker.state("a").status == "running", "the first tab was there a moment ago"
+    monkeypatch.setattr("perturb.jobs.AWAY_S", 0.0)
+    worker.state("a", "after the reload")
+    worker.cancel("a", "after the reload")
+    assert worker.wait("a", PATIENCE).status == "cancelled"
+
+
 def test_a_cancelled_job_asked_for_again_runs_anew(worker: Worker) -> None:
     gate = Gate()
     worker.submit("a", gate, "ann")

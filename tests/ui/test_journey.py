@@ -1,6 +1,7 @@
-"""One way through the app in a real browser: start, pick, knock out, watch, compare, download, open the report.
+"""One way through the app in a real browser, with the demo bundle and its cells, as a new user would go.
 
-Screenshots go to ``ci-output/``. With ``CI=true`` a missing browser is a failure, elsewhere the test is skipped.
+Start, pick, knock out, watch, compare, download, open the report, add a drug signature, cancel a screen. Screenshots go
+to ``ci-output/``. With ``CI=true`` a missing browser is a failure, elsewhere the test is skipped.
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ from pathlib import Path
 
 import pytest
 
-from ge2hist_core.data import write_cells
-from ge2hist_core.types import Cells
-
 ROOT = Path(__file__).parents[2]
 PICTURES = Path(os.environ.get("GE2HIST_CI_OUTPUT", ROOT / "ci-output"))
 FLAGS = [
@@ -35,26 +33,24 @@ FLAGS = [
     "--disable-sync",
 ]
 PATIENCE_S = 300
-GENE = "GAPDH"
+BEFORE = "Generated H&E picture of the niche, Before: unedited"
+AFTER = "Generated H&E picture of the niche, After: edited, same noise"
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, demo_cells: Cells) -> Iterator[str]:
-    """A running app on a free loopback port."""
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The app as a user starts it, on a free loopback port and with a cache of its own."""
     folder = tmp_path_factory.mktemp("app")
-    write_cells(demo_cells, folder / "cells.h5ad")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = {
-        "GE2HIST_BUNDLE": str(tiny_folder),
-        "GE2HIST_CELLS": str(folder / "cells.h5ad"),
-        "GE2HIST_HOME": str(folder / "home"),
-    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GE2HIST_")}
     command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.headless=true"]
     command += [f"--server.port={port}", "--server.address=127.0.0.1", "--server.fileWatcherType=none"]
     with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            command, cwd=ROOT, env=kept | {"GE2HIST_HOME": str(folder / "home")}, stdout=log, stderr=log
+        )
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_for_health(url, server)
@@ -116,23 +112,26 @@ def test_journey(address: str, browser, tmp_path: Path) -> None:
 
     # Start: the first picture, marked and described.
     page.goto(address)
-    before = page.get_by_alt_text("Generated H&E picture of the niche, Before: unedited")
-    expect(before).to_be_visible()
+    expect(page.get_by_alt_text(BEFORE)).to_be_visible()
     expect(page.get_by_text("Draft: one draw from one seed, unedited.")).to_be_visible()
 
     # Pick another cell.
+    heading = page.get_by_role("heading", name="Niche of")
+    first = heading.inner_text()
     page.get_by_role("button", name="Next cell of this type").or_(page.locator(".st-key-step-1 button")).first.click()
-    expect(page.get_by_role("heading", name="Niche of cell-1")).to_be_visible()
+    expect(heading).not_to_have_text(first)
+    expect(page.get_by_alt_text(BEFORE)).to_be_visible()
     page.screenshot(path=PICTURES / "1-start.png")
 
-    # Knock a gene out and watch the draft.
-    page.locator(".st-key-gene input").fill(GENE)
-    page.get_by_role("option").first.click()
-    card = page.locator(f".st-key-gene-{GENE}")
+    # Knock one of its genes out and watch the draft.
+    suggested = page.locator("[class*='st-key-suggest'] button").first
+    gene = suggested.inner_text().strip()
+    suggested.click()
+    card = page.locator(f".st-key-gene-{gene}")
     card.locator("label", has_text="Knock out").click()
-    expect(page.get_by_alt_text("Generated H&E picture of the niche, After: edited, same noise")).to_be_visible()
-    expect(page.get_by_role("button", name=f"{GENE} knocked out")).to_be_visible()
-    expect(page).to_have_url(re.compile(rf"[?&]edit={GENE}(%3A|:)ko"))
+    expect(page.get_by_alt_text(AFTER)).to_be_visible()
+    expect(page.get_by_role("button", name=f"{gene} knocked out")).to_be_visible()
+    expect(page).to_have_url(re.compile(rf"[?&]edit={re.escape(gene)}(%3A|:)ko"))
     page.screenshot(path=PICTURES / "2-draft.png")
 
     # Compare over all seeds, and see it happen.
@@ -159,11 +158,31 @@ def test_journey(address: str, browser, tmp_path: Path) -> None:
     # The report, in the app and by itself without a network.
     page.get_by_role("link", name="Report").click()
     inside = page.frame_locator("iframe").first
-    expect(inside.get_by_role("heading", level=1)).to_contain_text(f"{GENE} is knocked out")
+    expect(inside.get_by_role("heading", level=1)).to_contain_text(f"{gene} is knocked out")
     page.screenshot(path=PICTURES / "5-report-page.png")
     alone = browser.new_page()
     alone.on("pageerror", lambda error: faults.append(str(error)))
     alone.goto((tmp_path / "report.html").as_uri())
     expect(alone.locator(".js-plotly-plot")).to_have_count(4)
     alone.screenshot(path=PICTURES / "6-report.png", full_page=True)
+
+    # A drug signature in its place, with a dose.
+    page.get_by_role("link", name="Explore").click()
+    page.get_by_role("button", name=f"{gene} knocked out").click()
+    page.get_by_text("Add a drug signature or gene set").click()
+    page.locator(".st-key-signature input").fill("MEK")
+    page.get_by_role("option").first.click()
+    page.get_by_role("button", name="Add it at dose 1").click()
+    expect(page.get_by_role("button", name=re.compile("at dose 1"))).to_be_visible()
+    expect(page.get_by_alt_text(AFTER)).to_be_visible()
+    page.screenshot(path=PICTURES / "7-signature.png")
+
+    # A screen is started, seen at work and cancelled; its ranking is kept.
+    page.get_by_role("link", name="Screen").click()
+    page.get_by_role("button", name="Start the screen").click()
+    expect(page.get_by_text(re.compile("^Drawing "))).to_be_visible()
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("button", name="Go on with the screen")).to_be_visible()
+    expect(page.get_by_text("All candidates, ranked without drawing")).to_be_visible()
+    page.screenshot(path=PICTURES / "8-screen.png", full_page=True)
     assert faults == []

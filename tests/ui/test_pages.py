@@ -311,6 +311,22 @@ def test_seven_doses_are_drawn_by_the_worker(settings: pytest.MonkeyPatch) -> No
     assert "half-effective dose" in texts(at).lower()
 
 
+def test_a_screen_runs_in_the_worker_and_shows_its_tables(settings: pytest.MonkeyPatch) -> None:
+    at = start(address(start()) | {"steps": "1"})
+    at.switch_page("pages/screen.py").run()
+    at.segmented_control(key="candidates").set_value("A list of genes").run()
+    at.multiselect(key="screen genes").set_value(["GAPDH", "ACTB", "CD8A", "KRT8"]).run()
+    at.number_input(key="keep").set_value(2).run()
+    assert not at.exception and not at.error
+    at.button(key="start screen").click().run()
+    (key,) = _ui.get_worker().keys
+    state = _ui.get_worker().wait(key, timeout=TIMEOUT)
+    assert state is not None and state.status == "done", state
+    at.run()
+    assert not at.exception and len(at.dataframe) == 2 and at.get("plotly_chart")
+    assert "Start the screen" not in {button.label for button in at.button}
+
+
 def test_an_uploaded_signature_can_be_chosen_and_a_bad_one_is_one_sentence(settings: pytest.MonkeyPatch) -> None:
     at = start()
     at.file_uploader(key="signatures 0").upload("bad.csv", b"one line without any columns", "text/csv").run()

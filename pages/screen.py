@@ -1,0 +1,218 @@
+"""Many edits of one cell: rank them, draw the leading ones, open one in the explorer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from ge2hist_core.types import BadInput
+from pages import _ui
+from pages._experiment import Experiment
+from perturb.edits import Perturbation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pandas as pd
+
+    from ge2hist_core.data import H5adSource
+    from ge2hist_core.model import GE2Hist
+    from perturb.run import Progress
+    from perturb.screen import Screen, ScreenResult
+
+POLL_S = 0.8
+WHAT = ("All expressed genes", "A list of genes", "Drug signatures")
+SECONDS_PER_PICTURE = 0.35
+"""On two cores with the demo bundle; the estimate says so."""
+
+
+def page() -> None:
+    model = _ui.get_model()
+    opened = _ui.open_experiment(model)
+    _ui.show_message()
+    if opened is None:
+        st.info("There are no cells here yet: upload an `.h5ad` file on the Explore page first.")
+        return
+    experiment, source = opened
+    st.markdown("#### Screen")
+    cell = _ui.plain(experiment.recipe.cell_ids[0])
+    more = len(experiment.recipe.cell_ids) - 1
+    st.markdown(
+        f"Which edits move the niche of **{cell}**{f' and {more} more cells of its type' * bool(more)} the most? All "
+        "candidates are ranked without drawing; the leading ones are then drawn from the same noise as the unedited "
+        "niche. Another cell is chosen on the Explore page."
+    )
+    with _ui.guard():
+        screen = _choices(experiment, model, source)
+        if screen is not None:
+            _screen(screen, experiment, model, source)
+    _ui.write_address(experiment)
+
+
+def _choices(experiment: Experiment, model: GE2Hist, source: H5adSource) -> Screen | None:
+    from perturb.screen import READOUTS, Screen, knock_outs, signature_edits
+
+    recipe = replace(experiment.recipe, perturbation=Perturbation(), seeds=(0,))
+    cells = _ui.get_cells(recipe, source)
+    chosen = cells.take(slice(len(recipe.cell_ids)))
+    left, middle, right = st.columns([2, 1.4, 1])
+    what = left.segmented_control("Candidates", WHAT, default=WHAT[0], key="candidates", required=True)
+    readouts = ["shift", *(name for name in READOUTS if name != "spacing")]
+    readout = middle.selectbox(
+        "Rank by",
+        readouts,
+        key="screen readout",
+        format_func=lambda name: {"shift": "Any change of the neighbours", "density": "Density"}.get(
+            name, f"Share of {name.partition(':')[2]}"
+        ),
+    )
+    keep = right.number_input("Draw the leading", 2, 100, 20, key="keep")
+    if what == WHAT[0]:
+        candidates = knock_outs(chosen)
+        st.caption(
+            f"{len(candidates)} knock-outs. A gene that the cell does not express is no candidate: knocking it out "
+            "changes nothing at all."
+        )
+    elif what == WHAT[1]:
+        names = st.multiselect("Genes to knock out", list(dict.fromkeys(source.genes)), key="screen genes")
+        if not names:
+            st.caption("Choose at least one gene.")
+            return None
+        candidates = knock_outs(chosen, names)
+    else:
+        dose = st.slider("Dose of every signature (log2 fold change per gene)", 0.25, 2.0, 1.0, 0.25, key="screen dose")
+        candidates = signature_edits(list(source.genes), dose)
+        if not candidates:
+            raise BadInput("No signature of the library has a gene in these data: choose genes instead.")
+    return Screen(recipe, candidates, keep=int(keep), readout=readout)
+
+
+def _screen(screen: Screen, experiment: Experiment, model: GE2Hist, source: H5adSource) -> None:
+    from perturb.screen import load_screen
+
+    worker = _ui.get_worker()
+    state = worker.state(screen.hash, _ui.owner())
+    result = load_screen(screen.hash, _ui.get_cache())
+    if state is not None and not state.over:
+        st.fragment(_watch, run_every=POLL_S)(screen)
+        return
+    if state is not None and state.status == "failed":
+        st.error(_ui.plain(state.message), icon=":material/error:")
+    if result is None or not result.complete:
+        minutes = (screen.pictures * SECONDS_PER_PICTURE + len(screen.candidates) * 0.02) / 60
+        st.button(
+            "Start the screen" if result is None else "Go on with the screen",
+            type="primary",
+            icon=":material/play_arrow:",
+            key="start screen",
+            on_click=_ui.safely(_submit),
+            args=(screen, model, source),
+        )
+        st.caption(
+            f"Ranks {len(screen.candidates)} candidates and draws {screen.pictures} pictures: about "
+            f"{max(minutes, 0.1):.1f} minutes on two cores with the demo bundle. It can be cancelled; what is finished "
+            "is kept."
+        )
+    if result is not None:
+        _show(result, screen, experiment)
+
+
+def _submit(screen: Screen, model: GE2Hist, source: H5adSource) -> None:
+    cells, cache = _ui.get_cells(screen.recipe, source), _ui.get_cache()
+
+    def work(on_progress: Callable[[Progress], None], cancel: Any) -> None:
+        from perturb.screen import run_screen
+
+        run_screen(screen, model, cells, cache, on_progress=on_progress, cancel=cancel)
+
+    _ui.get_worker().submit(screen.hash, work, _ui.owner())
+
+
+def _watch(screen: Screen) -> None:
+    with _ui.guard():
+        state = _ui.get_worker().state(screen.hash, _ui.owner())
+        if state is None or state.over:
+            st.rerun()
+        progress = state.progress
+        if progress is None:
+            text = f"Waiting for {state.position} run(s) before this one" if state.position else "Starting"
+            st.progress(0.0, text=text)
+        else:
+            st.progress(progress.fraction, text=f"{progress.text}: {progress.fraction:.0%}")
+        st.button("Cancel", icon=":material/stop_circle:", key="cancel screen", on_click=_cancel, args=(screen.hash,))
+
+
+def _cancel(key: str) -> None:
+    _ui.get_worker().cancel(key, _ui.owner())
+
+
+def _show(result: ScreenResult, screen: Screen, experiment: Experiment) -> None:
+    from perturb import charts
+
+    if not result.complete:
+        st.caption(":material/warning: This is a part: the screen was cancelled or is not finished.")
+    confirmed = result.confirmed
+    if len(confirmed):
+        readout = st.selectbox("Readout", list(dict.fromkeys(confirmed["readout"])), key="volcano readout", width=280)
+        rows = confirmed[confirmed["readout"] == readout]
+        event = st.plotly_chart(
+            charts.volcano(rows, _ui.theme()),
+            theme=None,
+            key="volcano",
+            on_select="rerun",
+            selection_mode="points",
+            config={"displaylogo": False},
+        )
+        points = event["selection"]["points"]
+        if points:
+            _open(experiment, str(points[0]["customdata"][0]))
+        st.markdown("##### Drawn candidates, hits first")
+        _table(rows.drop(columns="readout"), experiment, "confirmed")
+        st.caption(
+            f"Effect: mean paired difference over {len(screen.further_seeds)} further seeds, with its 95 % interval; "
+            f"n counts picture pairs. First effect: over the {len(screen.first_seeds)} seeds that chose the better "
+            "half, which no p-value uses. q: Benjamini-Hochberg over all drawn candidates and readouts. All of it "
+            "speaks of this model's pictures, not of an experiment."
+        )
+    st.markdown("##### All candidates, ranked without drawing")
+    _table(result.guess, experiment, "guess")
+    st.caption(
+        "Shift: Euclidean change of the expected root counts of the neighbours. p matched: share of the 30 candidates "
+        "of nearest expression that move at least as far."
+    )
+    for name, table in (("guess", result.guess), ("confirmed", confirmed)):
+        if len(table):
+            st.download_button(
+                f"{name.capitalize()} (CSV)",
+                _csv(table),
+                f"screen-{screen.hash[:8]}-{name}.csv",
+                "text/csv",
+                key=f"download {name}",
+                on_click="ignore",
+                icon=":material/download:",
+            )
+
+
+def _csv(table: pd.DataFrame) -> bytes:
+    from perturb.report import csv_bytes
+
+    return csv_bytes(table)
+
+
+def _table(table: pd.DataFrame, experiment: Experiment, key: str) -> None:
+    """A ranked table; a chosen row opens its edit in the explorer."""
+    event = st.dataframe(table, hide_index=True, key=f"table {key}", on_select="rerun", selection_mode="single-row")
+    rows = event["selection"]["rows"]
+    if rows:
+        _open(experiment, str(table["candidate"].iloc[rows[0]]))
+
+
+def _open(experiment: Experiment, candidate: str) -> None:
+    experiment.edit(Perturbation.parse(candidate))
+    st.switch_page("pages/explore.py")
+
+
+with _ui.guard():
+    page()
