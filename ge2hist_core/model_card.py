@@ -117,11 +117,11 @@ def _made(
         lines.append("python -m ge2hist_core demo-cells DATA.zarr --bundle BUNDLE --out CELLS.h5ad")
     lines += ["python -m ge2hist_core card BUNDLE", "```"]
     cells = training.get("cells", {})
-    steps = " and ".join(f"{run['steps']:,}" for run in runs)
+    taken = " and ".join(f"{run['steps']:,}" for run in runs)
     hours = sum(run.get("seconds") or 0.0 for run in runs) / 3600
     lines += [
         "",
-        f"Main training: {steps} steps of batch {config.get('batch_size', 0)}"
+        f"Main training: {taken} steps of batch {config.get('batch_size', 0)}"
         + (f", {hours:.1f} h" if hours else "")
         + ". Cells: "
         + ", ".join(f"{n:,} {name}" for name, n in cells.items())

@@ -403,7 +403,7 @@ class Trainer:
     def _standardised_neighbours(self) -> np.ndarray:
         """Root counts of each type in the tiles of the cells used, ``[row, type]``, 0 +- 1 over training cells."""
         rows = np.concatenate(list(self.rows.values()))
-        kinds = [self.model.cell_types.index(name) for name in self.store.cell_types]
+        kinds = np.array([self.model.cell_types.index(name) for name in self.store.cell_types])
         roots = np.zeros((len(self.store), len(self.model.cell_types)), dtype=np.float32)
         roots[np.ix_(rows, kinds)] = np.sqrt(self.store.neighbour_counts(rows))
         train = roots[self.rows["train"]]

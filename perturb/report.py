@@ -20,7 +20,9 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ge2hist_core.config import READER_CLASSES
 from ge2hist_core.files import atomic_path
+from ge2hist_core.niche import enrichment
 from ge2hist_core.types import Niche
 from perturb import charts, pictures
 from perturb.edits import Edit, EditSet
@@ -85,6 +87,7 @@ def report_files(result: Result) -> dict[str, bytes]:
         "report.html": html(result).encode(),
         "recipe.json": (json.dumps(result.recipe.to_dict(), indent=1, ensure_ascii=False) + "\n").encode(),
         "nuclei.csv": csv_bytes(_nuclei(result)),
+        "enrichment.csv": csv_bytes(_enrichment(result)),
     } | {f"{name}.csv": csv_bytes(getattr(result, name)) for name in TABLES}
     n = len(result.recipe.seeds)
     for arm, title in (("base", "unedited"), ("edited", "edited")):
@@ -213,6 +216,22 @@ def _nuclei(result: Result) -> pd.DataFrame:
             parts.append(table.assign(arm=arm, cell_id=cell, seed=seed))
     table = pd.concat(parts, ignore_index=True)
     return table[["arm", "cell_id", "seed", *table.columns.difference(["arm", "cell_id", "seed"], sort=False)]]
+
+
+def _enrichment(result: Result) -> pd.DataFrame:
+    """Which types are neighbours more often than by chance, per picture: see :func:`ge2hist_core.niche.enrichment`."""
+    n, parts = len(result.recipe.seeds), []
+    for arm, niches, tables in (
+        ("base", result.base, result.base_nuclei),
+        ("edited", result.edited, result.edited_nuclei),
+    ):
+        for i, (niche, nuclei) in enumerate(zip(niches, tables, strict=True)):
+            height, width = (side * niche.um_per_px for side in niche.image.shape[:2])
+            table = enrichment(nuclei, (width, height), READER_CLASSES, n_permutations=200)
+            table = table[table["observed"] + table["expected"] > 0]
+            parts.append(table.assign(arm=arm, cell_id=result.recipe.cell_ids[i // n], seed=niche.seed))
+    table = pd.concat(parts, ignore_index=True)
+    return table[["arm", "cell_id", "seed", "type_a", "type_b", "observed", "expected", "z"]]
 
 
 def csv_bytes(table: pd.DataFrame) -> bytes:
