@@ -1,6 +1,7 @@
 """``python -m ge2hist_core COMMAND``: the engine from the command line.
 
-Each command is a module with ``add_arguments(parser)`` and ``main(args)``, imported when its command runs.
+Each command is a module with ``add_arguments(parser)`` and ``main(args)``, imported when its command runs. ``main`` may
+return an exit code of its own.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ def run_command(prog: str, description: str, commands: dict[str, tuple[str, str]
             importlib.import_module(module).add_arguments(child)
     args = parser.parse_args(argv)
     try:
-        importlib.import_module(commands[args.command][0]).main(args)
+        code = importlib.import_module(commands[args.command][0]).main(args)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; what was finished is kept", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def html(result: Result) -> str:
             recipe_json=json.dumps(recipe.to_dict(), indent=1, ensure_ascii=False),
             provenance=_flat(result.provenance),
             card=result.model_card,
+            machine=Markup(_machine(result).replace("<", "\\u003c")),
             figures=Markup(data.replace("<", "\\u003c")),  # no text inside can end the script element
             plotly=Markup(plotly),
             draw=Markup(DRAW_CHARTS),
@@ -216,6 +217,11 @@ def _nuclei(result: Result) -> pd.DataFrame:
             parts.append(table.assign(arm=arm, cell_id=cell, seed=seed))
     table = pd.concat(parts, ignore_index=True)
     return table[["arm", "cell_id", "seed", *table.columns.difference(["arm", "cell_id", "seed"], sort=False)]]
+
+
+def _machine(result: Result) -> str:
+    """What :mod:`perturb.replay` reads from the page: recipe and effects as JSON."""
+    return json.dumps({"recipe": result.recipe.to_dict(), "comparison": csv_bytes(result.comparison).decode()})
 
 
 def _enrichment(result: Result) -> pd.DataFrame:

@@ -77,7 +77,8 @@ def test_page_needs_no_network_and_runs_only_its_own_scripts(page: str) -> None:
     assert not any(tag in ("link", "iframe", "object", "base") for tag, _ in seen.tags)
     policy = next(a["content"] for t, a in seen.tags if t == "meta" and a.get("http-equiv"))
     assert "default-src 'none'" in policy and "script-src 'sha256-" in policy and "unsafe-eval" not in policy
-    data, *run_by_browser = seen.scripts
+    machine, data, *run_by_browser = seen.scripts
+    assert set(json.loads(machine)) == {"recipe", "comparison"}
     allowed = set(re.findall(r"'sha256-([^']+)'", policy))
     assert len(run_by_browser) == 2
     assert {base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in run_by_browser} == allowed
