@@ -8,6 +8,7 @@ import streamlit as st
 
 PAGES = (
     ("pages/explore.py", "Explore", ":material/biotech:"),
+    ("pages/cell_types.py", "Cell types", ":material/grid_view:"),
     ("pages/screen.py", "Screen", ":material/table_rows:"),
     ("pages/report.py", "Report", ":material/description:"),
     ("pages/about.py", "About", ":material/info:"),

@@ -300,6 +300,15 @@ def enlarged(image: Any) -> Any:
     return pictures.show(Niche(image, 1.0, generated=True), max(1, 512 // len(image)))
 
 
+def picture_png(image: Any) -> bytes:
+    """One generated picture of some 256 px as PNG, marked in its pixels and its metadata."""
+    from ge2hist_core.types import Niche
+    from perturb import pictures
+
+    shown = pictures.show(Niche(image, 1.0, generated=True), max(1, 256 // len(image)))
+    return pictures.png_bytes(shown, {"generated": "true"})
+
+
 @st.cache_data(max_entries=4, show_spinner=False)
 def report_html(recipe_hash: str, _result: Result) -> str:
     """The report as one page."""

@@ -87,6 +87,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, scgpt_folder: Path, de
     from ge2hist_core.model import GE2Hist
     from ge2hist_core.nuclei import LearnedReader, ReaderNet
     from ge2hist_core.support import Support
+    from ge2hist_core.vae import fit_mixture
 
     model = GE2Hist.untrained(SMALL, scgpt_folder)
     # Fresh weights hardly pass differences between cells on; larger ones let an edit move pixels and nuclei.
@@ -98,6 +99,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, scgpt_folder: Path, de
     # An untrained network is unsure everywhere; a low threshold makes its strongest positions nuclei.
     model.reader = LearnedReader(net, threshold=0.02)
     embedding = model.embed(demo_cells, 0)
+    labels = np.array([model.cell_types.index(name) for name in demo_cells.cell_type])
+    model.mixture = fit_mixture(model.encode(embedding).z_c, labels, len(model.cell_types), seed=0)
     model.support = Support.fit(embedding[::2], demo_cells.cell_id[::2], embedding[1::2])
     model.report = {"neighbours": {name: {"root_mean": 1.5, "root_std": 0.7} for name in model.cell_types}}
     folder = tmp_path_factory.mktemp("bundle")

@@ -327,6 +327,21 @@ def test_a_screen_runs_in_the_worker_and_shows_its_tables(settings: pytest.Monke
     assert "Start the screen" not in {button.label for button in at.button}
 
 
+def test_types_and_environments_are_drawn_by_the_worker(settings: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    at = start()
+    at.switch_page("pages/cell_types.py").run()
+    at.multiselect(key="gallery types").set_value(["Fibroblast", "B cell"]).run()
+    for kind, pictures in (("Grid", 10), ("Between two cells", 5)):
+        at.segmented_control(key="gallery kind").set_value(kind).run()
+        assert not at.exception and not at.error
+        at.button(key="draw gallery").click().run()
+        key = _ui.get_worker().keys[-1]
+        state = _ui.get_worker().wait(key, timeout=TIMEOUT)
+        assert state is not None and state.status == "done", state
+        at.run()
+        assert not at.exception and len(at.image) == pictures and len(at.dataframe) == 1
+
+
 def test_an_uploaded_signature_can_be_chosen_and_a_bad_one_is_one_sentence(settings: pytest.MonkeyPatch) -> None:
     at = start()
     at.file_uploader(key="signatures 0").upload("bad.csv", b"one line without any columns", "text/csv").run()
