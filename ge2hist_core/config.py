@@ -88,7 +88,7 @@ class TrainConfig:
     beta: float = 0.2
     gamma: float = 0.1
     type_prior: float = 1.0
-    type_leak: float = 1.0
+    type_leak: float = 0.3
     reconstruction: float = 0.1
     neighbours: float = 1.0
     freeze_encoder: bool = False

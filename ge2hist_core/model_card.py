@@ -56,8 +56,14 @@ def model_card(bundle: Path) -> str:
     training, reader = header.get("training") or {}, _read(bundle / "reader.json")
     evaluation, pretraining = _read(bundle / "evaluation.json"), _read(bundle / "scgpt" / "pretraining.json")
     parts = [_what(header), _made(header, pretraining, reader, evaluation), _separation(training), _reader(reader)]
-    parts += [_evaluation(evaluation), _limits(training)]
+    parts += [_evaluation(evaluation), _limits(training), _notes(bundle)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _notes(bundle: Path) -> str:
+    """What whoever made the bundle has to add: ``NOTES.md`` in its folder."""
+    path = bundle / "NOTES.md"
+    return "## Notes\n\n" + path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def _what(header: Mapping[str, Any]) -> str:
@@ -117,6 +123,8 @@ def _made(
         lines.append("python -m ge2hist_core demo-cells DATA.zarr --bundle BUNDLE --out CELLS.h5ad")
     lines += ["python -m ge2hist_core card BUNDLE", "```"]
     cells = training.get("cells", {})
+    encoder_runs = [run["train"] for run in runs if not run["train"].get("freeze_encoder")]
+    terms = encoder_runs[-1] if encoder_runs else {}
     taken = " and ".join(f"{run['steps']:,}" for run in runs)
     hours = sum(run.get("seconds") or 0.0 for run in runs) / 3600
     lines += [
@@ -128,9 +136,9 @@ def _made(
         + ". Donors are never shared between them.",
         "",
         "Beside the three terms of the paper's equation (9) the loss has four that keep type and environment apart "
-        f"(`ge2hist_core/vae.py`), weighted: type prior {config.get('type_prior', 0):g}, "
-        f"type leak {config.get('type_leak', 0):g}, "
-        f"reconstruction {config.get('reconstruction', 0):g} and neighbours {config.get('neighbours', 0):g}. Diffusion "
+        f"(`ge2hist_core/vae.py`), weighted: type prior {terms.get('type_prior', 0):g}, "
+        f"type leak {terms.get('type_leak', 0):g}, "
+        f"reconstruction {terms.get('reconstruction', 0):g} and neighbours {terms.get('neighbours', 0):g}. Diffusion "
         "runs on latents of a small autoencoder: on a CPU pixels folded into channels were still noise after as many "
         "steps as gave nuclei on latents.",
     ]

@@ -154,7 +154,9 @@ def _gene_card(experiment: Experiment, profile: Profile, gene: str, edits: dict[
     st.caption(
         f"{row['count']:g} → {after['count_after']:.3g} counts · bin {after['bin_before']} → {after['bin_after']} of 50"
     )
-    if after["count_before"] != after["count_after"] and after["bin_before"] == after["bin_after"]:
+    if edit is None:
+        st.caption("Changed by a signature below.")
+    elif after["count_before"] != after["count_after"] and after["bin_before"] == after["bin_after"]:
         st.caption(
             ":material/horizontal_rule: Plateau: the encoder still sees the same bin, so nothing changes. Move further."
         )

@@ -137,7 +137,7 @@ def known_signatures() -> dict[str, Signature]:
 
 @st.cache_resource(max_entries=4, show_spinner="Reading the signatures")
 def _read(path: str, changed: int) -> list[Any]:
-    from perturb.signatures import read_signatures
+    from perturb.signature_files import read_signatures
 
     return read_signatures(Path(path))
 

@@ -16,11 +16,12 @@ import numpy as np
 import pandas as pd
 
 from ge2hist_core.types import BadInput, Cells
+from perturb.dose_response import DoseResponse, Hill, dose_response, doses
 from perturb.edits import EditSet, Perturbation
 from perturb.recipe import Recipe
 from perturb.result import pack_table, unpack_table
 from perturb.run import Progress, run
-from perturb.signatures import DoseResponse, Hill, Signature, dose_response, doses, expand
+from perturb.signatures import Signature, expand
 
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
@@ -140,7 +141,8 @@ def find_signature(name: str, path: str | None) -> Signature:
     BadInput: no such signature, or a file that cannot be read.
     """
     from perturb.edits import nearest_genes
-    from perturb.signatures import load_library, read_signatures
+    from perturb.signature_files import read_signatures
+    from perturb.signatures import load_library
 
     known = {s.name: s for s in (load_library() if path is None else read_signatures(path))}
     if name not in known:

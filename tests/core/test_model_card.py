@@ -317,6 +317,12 @@ def test_a_figure_without_an_answer_is_a_dash(tmp_path: Path):
 # --- bundles with less in them ---------------------------------------------------------------------------------------
 
 
+def test_notes_of_the_maker_come_last(tmp_path: Path):
+    (write(tmp_path) / "NOTES.md").write_text("Made on a Tuesday.\n")
+    assert section(model_card(tmp_path), "Notes").strip() == "Made on a Tuesday."
+    assert model_card(tmp_path).endswith("Made on a Tuesday.\n")
+
+
 def test_a_bundle_not_yet_judged_has_a_card_without_those_figures(tmp_path: Path):
     card = model_card(write(tmp_path, reader=None, pretraining=None, evaluation=None))
     assert re.findall("^## (.*)$", card, re.MULTILINE) == [

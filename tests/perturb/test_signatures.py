@@ -22,19 +22,10 @@ from hypothesis import strategies as st
 
 from ge2hist_core.types import BadInput, Cells
 from perturb import signatures
+from perturb.dose_response import DoseResponse, dose_response, doses
 from perturb.edits import MAX_FACTOR, Perturbation
-from perturb.signatures import (
-    LIBRARY_CSV,
-    MAX_DOSE,
-    DoseResponse,
-    Signature,
-    dose_response,
-    doses,
-    expand,
-    library_table,
-    load_library,
-    read_signatures,
-)
+from perturb.signature_files import read_signatures
+from perturb.signatures import LIBRARY_CSV, MAX_DOSE, Signature, expand, library_table, load_library
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data" / "signatures"

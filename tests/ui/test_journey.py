@@ -32,7 +32,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PATIENCE_S = 300
+PATIENCE_S = 120
 BEFORE = "Generated H&E picture of the niche, Before: unedited"
 AFTER = "Generated H&E picture of the niche, After: edited, same noise"
 
@@ -169,9 +169,12 @@ def test_journey(address: str, browser, tmp_path: Path) -> None:
     # A drug signature in its place, with a dose.
     page.get_by_role("link", name="Explore").click()
     page.get_by_role("button", name=f"{gene} knocked out").click()
+    expect(page.get_by_text("Draft: one draw from one seed, unedited.")).to_be_visible()
     page.get_by_text("Add a drug signature or gene set").click()
-    page.locator(".st-key-signature input").fill("MEK")
-    page.get_by_role("option").first.click()
+    choice = page.locator(".st-key-signature input")
+    choice.fill("MEK")
+    expect(page.get_by_role("option", name=re.compile("MEK")).first).to_be_visible()
+    choice.press("Enter")
     page.get_by_role("button", name="Add it at dose 1").click()
     expect(page.get_by_role("button", name=re.compile("at dose 1"))).to_be_visible()
     expect(page.get_by_alt_text(AFTER)).to_be_visible()
