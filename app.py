@@ -8,6 +8,7 @@ import streamlit as st
 
 PAGES = (
     ("pages/explore.py", "Explore", ":material/biotech:"),
+    ("pages/compare.py", "Compare", ":material/compare:"),
     ("pages/cell_types.py", "Cell types", ":material/grid_view:"),
     ("pages/screen.py", "Screen", ":material/table_rows:"),
     ("pages/report.py", "Report", ":material/description:"),

@@ -398,9 +398,9 @@ def open_experiment(model: GE2Hist) -> tuple[Experiment, H5adSource] | None:
     return known, source
 
 
-def write_address(experiment: Experiment) -> None:
-    """Put the experiment into the page's address."""
-    query = experiment.query()
+def write_address(experiment: Experiment, more: dict[str, str] | None = None) -> None:
+    """Put the experiment, and what else the page needs, into the page's address."""
+    query = experiment.query() | (more or {})
     st.session_state["query"] = query
     if dict(st.query_params) != query:
         st.query_params.from_dict(query)

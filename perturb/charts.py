@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 
 from perturb.colours import colour_of
 
-__all__ = ["THEMES", "composition", "density", "dose_response", "effects", "spacing", "volcano"]
+__all__ = ["THEMES", "composition", "density", "dose_response", "effects", "scenarios", "spacing", "volcano"]
 
 THEMES = {
     "light": {"template": "plotly_white", "ink": "#222222", "muted": "#8A8A8A", "grid": "#E4E4E4"},
@@ -265,6 +265,41 @@ def volcano(confirmed: pd.DataFrame, theme: str = "light") -> go.Figure:
     figure.update_yaxes(title_text="-log10 p", rangemode="tozero")
     figure.update_layout(clickmode="event+select")
     return _finish(figure, theme, "Drawn candidates; filled: q < 0.05 and replicated")
+
+
+def scenarios(table: pd.DataFrame, readout: str, theme: str = "light") -> go.Figure:
+    """One readout's paired effect in each scenario, with interval; filled where q < 0.05.
+
+    Parameters
+    ----------
+    table: ``scenario, readout, unit, effect, low, high, q, n`` (:func:`perturb.workspace.effects_table`).
+    """
+    rows = table[table["readout"] == readout].iloc[::-1]
+    scale = 100.0 if readout.startswith("fraction") else 1.0
+    rows = rows.assign(**{name: rows[name] * scale for name in ("effect", "low", "high")})
+    unit = "percentage points" if scale == 100.0 else _unit(rows)
+    figure = go.Figure()
+    figure.add_vline(x=0, line={"color": THEMES[theme]["muted"], "dash": "dot"})
+    colour = _colour(readout.partition(":")[2] or ALL, theme)
+    figure.add_scatter(
+        x=rows["effect"],
+        y=rows["scenario"],
+        error_x=_error(rows, "effect", theme),
+        customdata=rows[["low", "high", "n"]],
+        mode="markers",
+        marker={
+            "size": 12,
+            "color": colour,
+            "symbol": ["circle" if q < 0.05 else "circle-open" for q in rows["q"]],
+            "line": {"color": colour, "width": 2},
+        },
+        hovertemplate=_hover("Edited - unedited", "%{y}", "%{x:.3g}", ":.3g", unit),
+        showlegend=False,
+    )
+    figure.update_xaxes(title_text=f"Edited - unedited ({unit})")
+    figure.update_yaxes(type="category")
+    _finish(figure, theme, "Effect by scenario; filled: q < 0.05")
+    return figure.update_layout(height=180 + 34 * len(rows))
 
 
 def _label(readout: str) -> str:

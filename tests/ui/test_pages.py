@@ -342,6 +342,33 @@ def test_types_and_environments_are_drawn_by_the_worker(settings: pytest.MonkeyP
         assert not at.exception and len(at.image) == pictures and len(at.dataframe) == 1
 
 
+def test_scenarios_are_kept_changed_drawn_and_survive_the_tab(settings: pytest.MonkeyPatch) -> None:
+    at = start(address(start()) | {"seeds": "0-1", "steps": "1", "edit": f"{GENE}:ko"})
+    at.switch_page("pages/compare.py").run()
+    assert "No scenario yet" in texts(at)
+    at.button(key="add scenario").click().run()
+    at.button(key="copy scenario 0").click().run()
+    at.text_input(key="scenario name 1").set_value("<b>the second</b>").run()
+    assert not at.exception and not at.error
+    at.button(key="down scenario 0").click().run()
+    assert at.text_input(key="scenario name 0").value == "<b>the second</b>"
+    at.button(key="undo scenarios").click().run()
+    assert at.text_input(key="scenario name 1").value == "<b>the second</b>"
+    at.button(key="draw scenarios").click().run()
+    key = _ui.get_worker().keys[-1]
+    state = _ui.get_worker().wait(key, timeout=TIMEOUT)
+    assert state is not None and state.status == "done", state
+    at.run()
+    assert not at.exception and len(at.image) == 2 and at.get("plotly_chart")
+    at.button(key="delete scenario 0").click().run()
+    assert len(at.image) == 1
+    other = start()
+    for name, value in address(at).items():
+        other.query_params[name] = value
+    other.switch_page("pages/compare.py").run()
+    assert other.text_input(key="scenario name 0").value == "<b>the second</b>"
+
+
 def test_an_uploaded_signature_can_be_chosen_and_a_bad_one_is_one_sentence(settings: pytest.MonkeyPatch) -> None:
     at = start()
     at.file_uploader(key="signatures 0").upload("bad.csv", b"one line without any columns", "text/csv").run()

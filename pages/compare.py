@@ -1,0 +1,260 @@
+"""Several scenarios side by side on the same noise: pictures, effects, one table."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from pages import _ui
+from perturb.workspace import MAX_SCENARIOS, Workspace, effects_table, load_workspace, save_workspace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ge2hist_core.data import H5adSource
+    from ge2hist_core.model import GE2Hist
+    from pages._experiment import Experiment
+    from perturb.recipe import Recipe
+    from perturb.run import Progress
+
+POLL_S = 0.8
+
+
+def page() -> None:
+    model = _ui.get_model()
+    opened = _ui.open_experiment(model)
+    _ui.show_message()
+    st.markdown("#### Compare scenarios")
+    if opened is None:
+        st.info("There are no cells here yet: upload an `.h5ad` file on the Explore page first.")
+        return
+    experiment, source = opened
+    workspace = current_workspace()
+    with st.sidebar:
+        _file(workspace)
+    _add(experiment, workspace)
+    if not len(workspace):
+        with st.container(border=True, key="empty-compare"):
+            st.subheader("No scenario yet")
+            st.markdown(
+                "A scenario is a cell with its edits. Edit a gene on the Explore page, come back and add it here; two "
+                "or more are compared on the same noise."
+            )
+            st.page_link("pages/explore.py", label="Go to Explore", icon=":material/biotech:")
+    else:
+        _list(workspace, experiment)
+        with _ui.guard():
+            _compare(workspace, model, source)
+    _ui.write_address(experiment, {"workspace": st.session_state["workspace id"]})
+
+
+def current_workspace() -> Workspace:
+    """This tab's workspace: from the session, or from the disk where the session knows its id."""
+    state = st.session_state
+    if "workspace" not in state:
+        state["workspace id"] = st.query_params.get("workspace") or uuid.uuid4().hex
+        state["workspace past"] = []
+        state["workspace"] = load_workspace(_ui.home() / "workspaces", state["workspace id"]) or Workspace()
+    return state["workspace"]
+
+
+def _become(workspace: Workspace) -> None:
+    state = st.session_state
+    state["workspace past"].append(state["workspace"])
+    state["workspace"] = workspace
+    save_workspace(workspace, _ui.home() / "workspaces", state["workspace id"])
+
+
+def _undo() -> None:
+    state = st.session_state
+    state["workspace"] = state["workspace past"].pop()
+    save_workspace(state["workspace"], _ui.home() / "workspaces", state["workspace id"])
+
+
+def _add(experiment: Experiment, workspace: Workspace) -> None:
+    edits = str(experiment.recipe.perturbation) or "unedited"
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        st.button(
+            "Add what Explore shows",
+            icon=":material/add:",
+            key="add scenario",
+            on_click=_ui.safely(lambda: _become(workspace.added(edits[:60], experiment.recipe))),
+            disabled=len(workspace) >= MAX_SCENARIOS,
+        )
+        st.button(
+            ":material/undo:",
+            help="Undo the last change of this list",
+            key="undo scenarios",
+            on_click=_undo,
+            disabled=not st.session_state["workspace past"],
+        )
+        st.caption(f"Explore shows cell {_ui.plain(experiment.recipe.cell_ids[0])}: {_ui.plain(edits[:120])}")
+
+
+def _list(workspace: Workspace, experiment: Experiment) -> None:
+    for i, scenario in enumerate(workspace.scenarios):
+        with st.container(horizontal=True, vertical_alignment="center", gap="small", key=f"scenario {i}"):
+            st.session_state[f"scenario name {i}"] = scenario.name
+            st.text_input(
+                f"Name of scenario {i + 1}",
+                key=f"scenario name {i}",
+                on_change=_ui.safely(_rename),
+                args=(workspace, i),
+                label_visibility="collapsed",
+                width=320,
+            )
+            for icon, text, key, change in (
+                (":material/arrow_upward:", "Move up", "up", lambda i=i: workspace.moved(i, -1)),
+                (":material/arrow_downward:", "Move down", "down", lambda i=i: workspace.moved(i, 1)),
+                (":material/content_copy:", "Duplicate", "copy", lambda i=i: workspace.duplicated(i)),
+                (":material/delete:", "Delete", "delete", lambda i=i: workspace.removed(i)),
+            ):
+                st.button(
+                    icon,
+                    help=f"{text} scenario {i + 1}",
+                    key=f"{key} scenario {i}",
+                    type="tertiary",
+                    on_click=_ui.safely(lambda change=change: _become(change())),
+                )
+            recipe = scenario.recipe
+            st.caption(
+                f"cell {_ui.plain(recipe.cell_ids[0])} · {_ui.plain(str(recipe.perturbation)[:100]) or 'no edit'}"
+            )
+
+
+def _rename(workspace: Workspace, i: int) -> None:
+    _become(workspace.renamed(i, st.session_state[f"scenario name {i}"].strip()))
+
+
+def _file(workspace: Workspace) -> None:
+    st.markdown("#### Workspace")
+    st.caption("The list is kept on this server. As a file it can be taken elsewhere, with the same cells and model.")
+    st.download_button(
+        "Save as a file",
+        json.dumps(workspace.to_dict(), indent=1, ensure_ascii=False),
+        "workspace.json",
+        "application/json",
+        key="download workspace",
+        on_click="ignore",
+        icon=":material/download:",
+    )
+    turn = st.session_state.setdefault("workspace turn", 0)
+    uploaded = st.file_uploader("Open a workspace file", type="json", key=f"workspace file {turn}", max_upload_size=5)
+    if uploaded is not None:
+        with _ui.guard():
+            text = uploaded.getvalue().decode("utf-8", errors="replace")
+            _become(Workspace.from_json(text))
+            st.session_state["workspace turn"] = turn + 1
+            st.rerun()
+
+
+def _compare(workspace: Workspace, model: GE2Hist, source: H5adSource) -> None:
+    recipes = workspace.on_shared_noise
+    others = [
+        recipe for recipe in recipes if recipe.data_sha256 != source.sha256 or recipe.model_sha256 != model.sha256
+    ]
+    if others:
+        st.warning("A scenario was made with other cells or another model: open those on the Explore page first.")
+        return
+    results = [_ui.get_result(recipe) for recipe in recipes]
+    missing = [recipe for recipe, result in zip(recipes, results, strict=True) if result is None]
+    if missing:
+        _draw(missing, model, source)
+        return
+    names = [scenario.name for scenario in workspace.scenarios]
+    seed = st.selectbox("Noise seed shown", recipes[0].seeds, key="seed compared", width=170)
+    place = recipes[0].seeds.index(seed)
+    for start in range(0, len(names), 4):
+        for column, name, result in zip(
+            st.columns(4), names[start : start + 4], results[start : start + 4], strict=False
+        ):
+            column.image(
+                _ui.tile_png(result.recipe.hash, "edited", place, "picture", (), result),
+                width="stretch",
+                alt=f"Generated H&E picture of scenario {name}",
+            )
+            column.caption(_ui.plain(name))
+    _effects(names, results)
+
+
+def _effects(names: list[str], results: list[Any]) -> None:
+    from perturb import charts
+
+    table = effects_table(names, results)
+    readouts = list(dict.fromkeys(table["readout"]))
+    readout = st.selectbox("Readout", readouts, key="readout compared", width=280)
+    figure = charts.scenarios(table, readout, _ui.theme())
+    st.plotly_chart(figure, theme=None, key="scenarios", config={"displaylogo": False})
+    st.dataframe(table[table["readout"] == readout].drop(columns="readout"), hide_index=True)
+    st.caption(
+        f"Effect: edited minus unedited over {len(results[0].recipe.seeds)} noise seeds that all scenarios share, with "
+        "its 95 % interval. q is adjusted within each scenario."
+    )
+    st.download_button("Table (CSV)", _csv(table), "scenarios.csv", "text/csv", key="download scenarios")
+
+
+def _csv(table: Any) -> bytes:
+    from perturb.report import csv_bytes
+
+    return csv_bytes(table)
+
+
+def _draw(missing: list[Recipe], model: GE2Hist, source: H5adSource) -> None:
+    key = "scenarios " + " ".join(recipe.hash for recipe in missing)
+    state = _ui.get_worker().state(key, _ui.owner())
+    if state is not None and not state.over:
+        st.fragment(_watch, run_every=POLL_S)(key)
+        return
+    if state is not None and state.status == "failed":
+        st.error(_ui.plain(state.message), icon=":material/error:")
+    pictures = 2 * sum(len(recipe.cell_ids) * len(recipe.seeds) for recipe in missing)
+    st.button(
+        f"Draw {len(missing)} scenario{'s' * (len(missing) > 1)} (at most {pictures:,} pictures)",
+        type="primary",
+        icon=":material/play_arrow:",
+        key="draw scenarios",
+        on_click=_ui.safely(_submit),
+        args=(key, missing, model, source),
+    )
+
+
+def _submit(key: str, missing: list[Recipe], model: GE2Hist, source: H5adSource) -> None:
+    cells, cache = [_ui.get_cells(recipe, source) for recipe in missing], _ui.get_cache()
+
+    def work(on_progress: Callable[[Progress], None], cancel: Any) -> None:
+        from perturb.run import Progress, run
+
+        for i, (recipe, some) in enumerate(zip(missing, cells, strict=True)):
+
+            def report(progress: Progress, i: int = i) -> None:
+                text = f"Scenario {i + 1} of {len(missing)}"
+                on_progress(Progress((i + progress.fraction) / len(missing), text, progress.preview))
+
+            run(recipe, model, some, cache=cache, on_progress=report, cancel=cancel)
+
+    _ui.get_worker().submit(key, work, _ui.owner())
+
+
+def _watch(key: str) -> None:
+    with _ui.guard():
+        state = _ui.get_worker().state(key, _ui.owner())
+        if state is None or state.over:
+            st.rerun()
+        progress = state.progress
+        if progress is None:
+            text = f"Waiting for {state.position} run(s) before this one" if state.position else "Starting"
+            st.progress(0.0, text=text)
+        else:
+            st.progress(progress.fraction, text=f"{progress.text}: {progress.fraction:.0%}")
+        st.button("Cancel", icon=":material/stop_circle:", key="cancel scenarios", on_click=_cancel, args=(key,))
+
+
+def _cancel(key: str) -> None:
+    _ui.get_worker().cancel(key, _ui.owner())
+
+
+with _ui.guard():
+    page()

@@ -1,0 +1,177 @@
+"""Named scenarios side by side: an ordered list of recipes, kept as one JSON file.
+
+A workspace never changes: every operation gives a new one, so that undo is the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from ge2hist_core.files import write_json
+from ge2hist_core.types import BadInput
+from perturb.recipe import Recipe
+
+if TYPE_CHECKING:
+    from perturb.result import Result
+
+__all__ = ["MAX_SCENARIOS", "Scenario", "Workspace", "effects_table", "load_workspace", "save_workspace"]
+
+SCHEMA = 1
+MAX_SCENARIOS = 8
+MAX_NAME = 60
+MAX_AGE_S = 90 * 86400.0
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A recipe under a name of the user's.
+
+    Raises
+    ------
+    BadInput: no name, or one of more than 60 characters.
+    """
+
+    name: str
+    recipe: Recipe
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise BadInput("A scenario has no name: give it one.")
+        if len(self.name) > MAX_NAME:
+            raise BadInput(f"The name {self.name[:20]!r}... has {len(self.name)} characters: give at most {MAX_NAME}.")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Scenarios in the user's order, each name once, at most eight.
+
+    Raises
+    ------
+    BadInput: a name given twice, or more scenarios.
+    """
+
+    scenarios: tuple[Scenario, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scenarios", tuple(self.scenarios))
+        names = [scenario.name for scenario in self.scenarios]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise BadInput(f"Two scenarios are called {twice[0]!r}: give each its own name.")
+        if len(names) > MAX_SCENARIOS:
+            raise BadInput(f"{len(names)} scenarios are more than can be compared: keep at most {MAX_SCENARIOS}.")
+
+    def __len__(self) -> int:
+        return len(self.scenarios)
+
+    def _free_name(self, wanted: str) -> str:
+        names = {scenario.name for scenario in self.scenarios}
+        name, i = wanted[:MAX_NAME], 2
+        while name in names:
+            ending = f" ({i})"
+            name, i = wanted[: MAX_NAME - len(ending)] + ending, i + 1
+        return name
+
+    def added(self, name: str, recipe: Recipe) -> Workspace:
+        """With a further scenario at the end; a taken name gets a number."""
+        return Workspace((*self.scenarios, Scenario(self._free_name(name), recipe)))
+
+    def renamed(self, i: int, name: str) -> Workspace:
+        """With another name for scenario ``i``."""
+        return self._with(i, replace(self.scenarios[i], name=name))
+
+    def duplicated(self, i: int) -> Workspace:
+        """With a copy of scenario ``i`` behind it."""
+        copy = replace(self.scenarios[i], name=self._free_name(self.scenarios[i].name))
+        return Workspace((*self.scenarios[: i + 1], copy, *self.scenarios[i + 1 :]))
+
+    def moved(self, i: int, step: int) -> Workspace:
+        """With scenario ``i`` moved by ``step`` places, not beyond the ends."""
+        rest = [*self.scenarios[:i], *self.scenarios[i + 1 :]]
+        rest.insert(min(max(i + step, 0), len(rest)), self.scenarios[i])
+        return Workspace(tuple(rest))
+
+    def removed(self, i: int) -> Workspace:
+        """Without scenario ``i``."""
+        return Workspace((*self.scenarios[:i], *self.scenarios[i + 1 :]))
+
+    def _with(self, i: int, scenario: Scenario) -> Workspace:
+        return Workspace((*self.scenarios[:i], scenario, *self.scenarios[i + 1 :]))
+
+    @property
+    def on_shared_noise(self) -> tuple[Recipe, ...]:
+        """The recipes with seeds, sampler and encoder seed of the first: they differ in cells and edits alone."""
+        if not self.scenarios:
+            return ()
+        first = self.scenarios[0].recipe
+        same = {"seeds": first.seeds, "sample": first.sample, "encoder_seed": first.encoder_seed}
+        return tuple(replace(scenario.recipe, **same) for scenario in self.scenarios)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and strings, as in the file."""
+        rows = [{"name": scenario.name, "recipe": scenario.recipe.to_dict()} for scenario in self.scenarios]
+        return {"workspace_schema": SCHEMA, "scenarios": rows}
+
+    @classmethod
+    def from_json(cls, text: str) -> Workspace:
+        """Inverse of :meth:`to_dict` as JSON.
+
+        Raises
+        ------
+        BadInput: not JSON, another schema, or a scenario that cannot be read.
+        """
+        cure = "give a workspace file that GE2Hist wrote"
+        try:
+            value = json.loads(text)
+            schema = value["workspace_schema"]
+            if schema != SCHEMA:
+                raise BadInput(f"The workspace has schema {schema!r}, this version reads {SCHEMA}: {cure}.")
+            rows = [(row["name"], Recipe.from_json(json.dumps(row["recipe"]))) for row in value["scenarios"]]
+        except (json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
+            raise BadInput(f"The workspace cannot be read ({error}): {cure}.") from None
+        return cls(tuple(Scenario(name, recipe) for name, recipe in rows))
+
+
+def save_workspace(workspace: Workspace, folder: str | Path, workspace_id: str) -> None:
+    """Keep a workspace under its id; others unused for 90 days go."""
+    path = _path(folder, workspace_id)
+    write_json(path, workspace.to_dict())
+    for other in path.parent.glob("*.json"):
+        if other.stat().st_mtime < time.time() - MAX_AGE_S:
+            other.unlink(missing_ok=True)
+
+
+def load_workspace(folder: str | Path, workspace_id: str) -> Workspace | None:
+    """A kept workspace, or None.
+
+    Raises
+    ------
+    BadInput: an id of another form, or a damaged file.
+    """
+    path = _path(folder, workspace_id)
+    return Workspace.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _path(folder: str | Path, workspace_id: str) -> Path:
+    if not _ID.fullmatch(workspace_id):
+        raise BadInput(
+            f"The workspace {workspace_id[:40]!r} has no valid name: open the link again, or start a new one."
+        )
+    return Path(folder) / f"{workspace_id}.json"
+
+
+def effects_table(names: Sequence[str], results: Sequence[Result]) -> pd.DataFrame:
+    """Paired effects of several scenarios in one table: ``scenario`` and the columns of ``Result.comparison``."""
+    return pd.concat(
+        [result.comparison.assign(scenario=name) for name, result in zip(names, results, strict=True)],
+        ignore_index=True,
+    )
