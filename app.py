@@ -17,5 +17,6 @@ PAGES = (
 
 st.set_page_config("GE2Hist digital twin", ":material/biotech:", layout="wide", initial_sidebar_state="expanded")
 st.html(Path(__file__).parent / "assets" / "style.css")
+st.logo(Path(__file__).parent / "assets" / "logo.svg", size="large")
 pages = [st.Page(path, title=title, icon=icon, default=not i) for i, (path, title, icon) in enumerate(PAGES)]
 st.navigation(pages, position="top").run()

@@ -214,7 +214,7 @@ def get_worker() -> Worker:
     """The one worker of this server."""
     from perturb.jobs import Worker
 
-    return Worker()
+    return Worker(max_queue=32)
 
 
 def get_cache() -> DiskCache:

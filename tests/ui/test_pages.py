@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,31 @@ def test_two_tabs_do_not_mix(settings: pytest.MonkeyPatch) -> None:
     two.slider(key=f"amount {GENE}").set_value(200).run()
     one.run()
     assert address(one)["edit"] == f"{GENE}:ko" and address(two)["edit"] == f"{GENE}:x2"
+
+
+def test_ten_sessions_at_once_each_see_their_own_result(settings: pytest.MonkeyPatch) -> None:
+    """A gate in the worker holds all runs back until everybody has asked: the last one is told how many are before."""
+    gate = threading.Event()
+    _ui.get_worker().submit("gate", lambda on_progress, cancel: gate.wait(TIMEOUT), "test")
+    sessions = []
+    for i in range(10):
+        at = start({"seeds": "0-1", "steps": "1"} | address(start()) | {"edit": f"{GENE}:set={i + 2}", "seeds": "0-1"})
+        at.button(key="run").click().run()
+        assert not at.exception and not at.error
+        sessions.append(at)
+    recipes = [at.session_state["experiment"].recipe for at in sessions]
+    assert len({recipe.hash for recipe in recipes}) == 10
+    assert [_ui.get_worker().state(recipe.hash).position for recipe in recipes] == list(range(1, 11))
+    gate.set()
+    for recipe in recipes:
+        state = _ui.get_worker().wait(recipe.hash, timeout=TIMEOUT)
+        assert state is not None and state.status == "done", state
+    for i, at in enumerate(sessions):
+        at.run()
+        assert not at.exception and not at.error
+        assert address(at)["edit"] == f"{GENE}:set={i + 2}"
+        result = _ui.get_result(recipes[i])
+        assert result.recipe == recipes[i] and result.edits["count_after"].item() == i + 2
 
 
 def test_a_full_run_is_done_by_the_worker_and_survives_the_tab(settings: pytest.MonkeyPatch) -> None:
