@@ -210,7 +210,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _interval(figure: Mapping[str, float | None], form: str) -> str:
     value, low, high = (_number(figure[key], form) for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    return value if figure["low"] is None else f"{value} [{low}, {high}]"
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> str:

@@ -481,6 +481,7 @@ def downloads(result: Result) -> None:
     recipe_json = json.dumps(result.recipe.to_dict(), indent=1, ensure_ascii=False)
     files: tuple[tuple[str, str, str, str | Callable[[], bytes | str]], ...] = (
         ("Report (HTML)", "html", "text/html", lambda: report_html(result.recipe.hash, result)),
+        ("Report (PDF)", "pdf", "application/pdf", lambda: report.pdf(result)),
         ("Table (CSV)", "csv", "text/csv", lambda: result.comparison.to_csv(index=False)),
         ("Everything (ZIP)", "zip", "application/zip", lambda: report.zip_bytes(result)),
         ("Recipe (JSON)", "json", "application/json", recipe_json),

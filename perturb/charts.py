@@ -13,7 +13,17 @@ from plotly.subplots import make_subplots
 
 from perturb.colours import colour_of
 
-__all__ = ["THEMES", "composition", "density", "dose_response", "effects", "scenarios", "spacing", "volcano"]
+__all__ = [
+    "THEMES",
+    "composition",
+    "density",
+    "dose_response",
+    "effects",
+    "readable",
+    "scenarios",
+    "spacing",
+    "volcano",
+]
 
 THEMES = {
     "light": {"template": "plotly_white", "ink": "#222222", "muted": "#8A8A8A", "grid": "#E4E4E4"},
@@ -229,9 +239,7 @@ def dose_response(
     )
     figure.update_xaxes(title_text=f"Dose ({dose_unit})")
     figure.update_yaxes(title_text=f"Edited - unedited ({unit})")
-    kind, _, name = readout.partition(":")
-    title = f"Share of {name}" if kind == "fraction" else f"Density of {name}" if name else _label(readout)
-    return _finish(figure, theme, f"Dose response: {title}")
+    return _finish(figure, theme, f"Dose response: {readable(readout)}")
 
 
 def volcano(confirmed: pd.DataFrame, theme: str = "light") -> go.Figure:
@@ -300,6 +308,12 @@ def scenarios(table: pd.DataFrame, readout: str, theme: str = "light") -> go.Fig
     figure.update_yaxes(type="category")
     _finish(figure, theme, "Effect by scenario; filled: q < 0.05")
     return figure.update_layout(height=180 + 34 * len(rows))
+
+
+def readable(readout: str) -> str:
+    """Name of a readout for people: "Share of Fibroblast", "Density of Fibroblast", "All nuclei"."""
+    kind, _, name = readout.partition(":")
+    return f"Share of {name}" if kind == "fraction" else f"Density of {name}" if name else _label(readout)
 
 
 def _label(readout: str) -> str:

@@ -29,9 +29,18 @@ from perturb.edits import Edit, EditSet
 from perturb.result import TABLES, Result
 from perturb.tables import LEVEL
 
-__all__ = ["csv_bytes", "html", "report_files", "write_report", "zip_bytes"]
+__all__ = ["csv_bytes", "html", "pdf", "report_files", "write_report", "zip_bytes"]
 
 NOTICE = "Generated, not diagnostic"
+CAUTIONS = (
+    "These pictures are generated. They are no tissue, no diagnosis and no evidence that an experiment would turn out "
+    "alike.",
+    "A difference says how this model's picture depends on the gene's count, which mixes cause and correlation in its "
+    "training data.",
+    "The encoder ranks counts within a cell: an edit that changes no rank changes nothing, and one that moves many "
+    "ranks may act through them.",
+    "The reader miscounts and mistypes some nuclei, in both arms; its measured errors are in the model card.",
+)
 EPOCH = (1980, 1, 1, 0, 0, 0)
 FEW_CELLS = 4
 """Cells whose pictures the page shows; the others are among the files."""
@@ -59,6 +68,7 @@ def html(result: Result) -> str:
         .get_template("report.html.j2")
         .render(
             notice=NOTICE,
+            cautions=CAUTIONS,
             question=_question(result),
             result=result,
             n_seeds=len(recipe.seeds),
@@ -82,10 +92,18 @@ def html(result: Result) -> str:
     )
 
 
+def pdf(result: Result) -> bytes:
+    """The report as a PDF of a few A4 pages."""
+    from perturb.pdf import pdf_bytes
+
+    return pdf_bytes(result, _question(result), NOTICE, CAUTIONS)
+
+
 def report_files(result: Result) -> dict[str, bytes]:
     """Every file of the report by its relative name: report.html, recipe.json, ``*.csv``, ``pictures/*.png``."""
     files = {
         "report.html": html(result).encode(),
+        "report.pdf": pdf(result),
         "recipe.json": (json.dumps(result.recipe.to_dict(), indent=1, ensure_ascii=False) + "\n").encode(),
         "nuclei.csv": csv_bytes(_nuclei(result)),
         "enrichment.csv": csv_bytes(_enrichment(result)),

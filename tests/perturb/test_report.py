@@ -22,7 +22,7 @@ from perturb import pictures
 from perturb.__main__ import COMMANDS
 from perturb.edits import Perturbation
 from perturb.recipe import Recipe
-from perturb.report import html, report_files, write_report, zip_bytes
+from perturb.report import html, pdf, report_files, write_report, zip_bytes
 from perturb.result import Result
 from perturb.run import run
 
@@ -119,6 +119,7 @@ def test_page_shows_the_marked_pictures_with_words_beside_them(page: str, result
 
 def test_tables_pictures_and_recipe_go_home(result: Result) -> None:
     files = report_files(result)
+    assert files["report.pdf"].startswith(b"%PDF") and files["report.pdf"] == pdf(result)
     table = pd.read_csv(io.BytesIO(files["comparison.csv"]), float_precision="round_trip")
     pd.testing.assert_frame_equal(table, result.comparison, check_exact=True)
     assert Recipe.from_json(files["recipe.json"].decode()) == result.recipe
