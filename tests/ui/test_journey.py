@@ -121,6 +121,8 @@ def test_journey(address: str, browser, tmp_path: Path) -> None:
     page.get_by_role("button", name="Next cell of this type").or_(page.locator(".st-key-step-1 button")).first.click()
     expect(heading).not_to_have_text(first)
     expect(page.get_by_alt_text(BEFORE)).to_be_visible()
+    # Until the script has ended, the suggested genes may still be those of the cell before.
+    page.locator("[data-testid='stApp'][data-test-script-state='notRunning']").wait_for()
     page.screenshot(path=PICTURES / "1-start.png")
 
     # Knock one of its genes out and watch the draft.
