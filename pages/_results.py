@@ -28,9 +28,7 @@ def results(result: Result, model: GE2Hist) -> None:
     shown = SECTIONS if dosed else SECTIONS[:-1]
     if st.session_state.get("section") not in shown:
         st.session_state["section"] = SECTIONS[0]
-    section = st.segmented_control(
-        "Results", shown, default=SECTIONS[0], key="section", label_visibility="collapsed", required=True
-    )
+    section = st.segmented_control("Results", shown, key="section", label_visibility="collapsed", required=True)
     {"Charts": _charts, "All seeds": _all_seeds, "Denoising": _denoising, "Table": _table, "Doses": dose_panel}[
         section
     ](result, model)
