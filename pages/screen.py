@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 POLL_S = 0.8
 WHAT = ("All expressed genes", "A list of genes", "Drug signatures")
-SECONDS_PER_PICTURE = 0.35
-"""On two cores with the demo bundle; the estimate says so."""
+# On two cores with the demo bundle, as the text beside the estimate says.
+SECONDS_PER_PICTURE = 0.25
 
 
 def page() -> None:

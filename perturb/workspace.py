@@ -113,7 +113,7 @@ class Workspace:
         if not self.scenarios:
             return ()
         first = self.scenarios[0].recipe
-        same = {"seeds": first.seeds, "sample": first.sample, "encoder_seed": first.encoder_seed}
+        same: dict[str, Any] = {"seeds": first.seeds, "sample": first.sample, "encoder_seed": first.encoder_seed}
         return tuple(replace(scenario.recipe, **same) for scenario in self.scenarios)
 
     def to_dict(self) -> dict[str, Any]:

@@ -99,6 +99,16 @@ def test_what_an_import_leaves_out(statement, absent):
     assert done.stdout.strip() == "[]"
 
 
+def test_no_page_leaves_a_string_or_value_standing_alone():
+    """Streamlit would show it to the reader; the module's docstring alone is exempt."""
+    found = []
+    for path in (ROOT / "pages").glob("[!_]*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body[1:]:
+            if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Call):
+                found.append(f"{path.name}:{node.lineno}")
+    assert found == []
+
+
 def test_loading_never_runs_code():
     """No pickle, eval or exec; torch.load only of plain tensors; numpy without objects."""
     found = []
