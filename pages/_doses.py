@@ -51,7 +51,7 @@ def dose_panel(result: Result, model: GE2Hist) -> None:
         return
     state = _ui.get_worker().state(key, _ui.owner())
     if state is not None and not state.over:
-        st.fragment(_watch, run_every=POLL_S)(key)
+        st.fragment(_ui.watch, run_every=POLL_S)(key)
         return
     if state is not None and state.status == "failed":
         st.error(_ui.plain(state.message), icon=":material/error:")
@@ -75,25 +75,6 @@ def _submit(key: str, series: Any, model: GE2Hist, source: Any, recipe: Any) -> 
         run_doses(series, model, cells, cache, on_progress=on_progress, cancel=cancel)
 
     _ui.get_worker().submit(key, work, _ui.owner())
-
-
-def _watch(key: str) -> None:
-    with _ui.guard():
-        state = _ui.get_worker().state(key, _ui.owner())
-        if state is None or state.over:
-            st.rerun()
-        progress = state.progress
-        if progress is None:
-            st.progress(
-                0.0, text=f"Waiting for {state.position} run(s) before this one" if state.position else "Starting"
-            )
-        else:
-            st.progress(progress.fraction, text=f"{progress.text}: {progress.fraction:.0%}")
-        st.button("Cancel", icon=":material/stop_circle:", key="cancel doses", on_click=_cancel, args=(key,))
-
-
-def _cancel(key: str) -> None:
-    _ui.get_worker().cancel(key, _ui.owner())
 
 
 def _show(table: pd.DataFrame, signature: Signature) -> None:

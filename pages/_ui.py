@@ -463,6 +463,25 @@ def cancel(recipe: Recipe) -> None:
     get_worker().cancel(recipe.hash, owner())
 
 
+def watch(key: str) -> None:
+    """A job of the worker under way: its place in the queue or its progress, and a way to cancel it. For a fragment."""
+    with guard():
+        state = get_worker().state(key, owner())
+        if state is None or state.over:
+            st.rerun()
+        progress = state.progress
+        if progress is None:
+            text = f"Waiting for {state.position} run(s) before this one" if state.position else "Starting"
+            st.progress(0.0, text=text)
+        else:
+            st.progress(progress.fraction, text=f"{progress.text}: {progress.fraction:.0%}")
+        st.button("Cancel", icon=":material/stop_circle:", key="cancel job", on_click=_cancel_key, args=(key,))
+
+
+def _cancel_key(key: str) -> None:
+    get_worker().cancel(key, owner())
+
+
 def theme() -> str:
     """``light`` or ``dark``, as the browser shows the page."""
     return st.context.theme.type or "light"

@@ -206,7 +206,7 @@ def _draw(missing: list[Recipe], model: GE2Hist, source: H5adSource) -> None:
     key = "scenarios " + " ".join(recipe.hash for recipe in missing)
     state = _ui.get_worker().state(key, _ui.owner())
     if state is not None and not state.over:
-        st.fragment(_watch, run_every=POLL_S)(key)
+        st.fragment(_ui.watch, run_every=POLL_S)(key)
         return
     if state is not None and state.status == "failed":
         st.error(_ui.plain(state.message), icon=":material/error:")
@@ -236,24 +236,6 @@ def _submit(key: str, missing: list[Recipe], model: GE2Hist, source: H5adSource)
             run(recipe, model, some, cache=cache, on_progress=report, cancel=cancel)
 
     _ui.get_worker().submit(key, work, _ui.owner())
-
-
-def _watch(key: str) -> None:
-    with _ui.guard():
-        state = _ui.get_worker().state(key, _ui.owner())
-        if state is None or state.over:
-            st.rerun()
-        progress = state.progress
-        if progress is None:
-            text = f"Waiting for {state.position} run(s) before this one" if state.position else "Starting"
-            st.progress(0.0, text=text)
-        else:
-            st.progress(progress.fraction, text=f"{progress.text}: {progress.fraction:.0%}")
-        st.button("Cancel", icon=":material/stop_circle:", key="cancel scenarios", on_click=_cancel, args=(key,))
-
-
-def _cancel(key: str) -> None:
-    _ui.get_worker().cancel(key, _ui.owner())
 
 
 with _ui.guard():

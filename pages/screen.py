@@ -96,7 +96,7 @@ def _screen(screen: Screen, experiment: Experiment, model: GE2Hist, source: H5ad
     state = worker.state(screen.hash, _ui.owner())
     result = load_screen(screen.hash, _ui.get_cache())
     if state is not None and not state.over:
-        st.fragment(_watch, run_every=POLL_S)(screen)
+        st.fragment(_ui.watch, run_every=POLL_S)(screen.hash)
         return
     if state is not None and state.status == "failed":
         st.error(_ui.plain(state.message), icon=":material/error:")
@@ -128,24 +128,6 @@ def _submit(screen: Screen, model: GE2Hist, source: H5adSource) -> None:
         run_screen(screen, model, cells, cache, on_progress=on_progress, cancel=cancel)
 
     _ui.get_worker().submit(screen.hash, work, _ui.owner())
-
-
-def _watch(screen: Screen) -> None:
-    with _ui.guard():
-        state = _ui.get_worker().state(screen.hash, _ui.owner())
-        if state is None or state.over:
-            st.rerun()
-        progress = state.progress
-        if progress is None:
-            text = f"Waiting for {state.position} run(s) before this one" if state.position else "Starting"
-            st.progress(0.0, text=text)
-        else:
-            st.progress(progress.fraction, text=f"{progress.text}: {progress.fraction:.0%}")
-        st.button("Cancel", icon=":material/stop_circle:", key="cancel screen", on_click=_cancel, args=(screen.hash,))
-
-
-def _cancel(key: str) -> None:
-    _ui.get_worker().cancel(key, _ui.owner())
 
 
 def _show(result: ScreenResult, screen: Screen, experiment: Experiment) -> None:
