@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from perturb.run import Progress
     from perturb.signatures import Signature
 
-POLL_S = 0.6
 SEEDS = 8
 """Seeds per dose, at most: seven doses cost seven comparisons."""
 
@@ -49,12 +48,8 @@ def dose_panel(result: Result, model: GE2Hist) -> None:
     if table is not None:
         _show(table, signature)
         return
-    state = _ui.get_worker().state(key, _ui.owner())
-    if state is not None and not state.over:
-        st.fragment(_ui.watch, run_every=POLL_S)(key)
+    if _ui.under_way(key):
         return
-    if state is not None and state.status == "failed":
-        st.error(_ui.plain(state.message), icon=":material/error:")
     pictures = 7 * len(recipe.cell_ids) * len(recipe.seeds)
     st.button(
         f"Draw seven doses over {len(recipe.seeds)} seeds ({pictures:,} pictures)",
@@ -95,4 +90,4 @@ def _show(table: pd.DataFrame, signature: Signature) -> None:
         h = found.hill
         interval = f"{h.ec50_low:.3g} to {h.ec50_high:.3g}"
         st.caption(f"Half-effective dose {h.ec50:.3g} (95 % interval {interval}), slope {h.slope:.2g}.")
-    st.download_button("Table (CSV)", table.to_csv(index=False), "doses.csv", "text/csv", key="download doses")
+    st.download_button("Table (CSV)", _ui.csv(table), "doses.csv", "text/csv", key="download doses")

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 SHEET = 64
 """Pictures on a contact sheet, at most."""
+POLL_S = 0.6
+"""Seconds between two looks at a job under way."""
 UPLOAD_DAYS = 7
 """Uploaded files unused for longer are removed when another file is uploaded."""
 
@@ -463,8 +465,26 @@ def cancel(recipe: Recipe) -> None:
     get_worker().cancel(recipe.hash, owner())
 
 
-def watch(key: str) -> None:
-    """A job of the worker under way: its place in the queue or its progress, and a way to cancel it. For a fragment."""
+def under_way(key: str) -> bool:
+    """Shows how a job of the worker stands, polled, while it waits or runs; says why it failed. True while it does."""
+    state = get_worker().state(key, owner())
+    if state is not None and not state.over:
+        st.fragment(_watch, run_every=POLL_S)(key)
+        return True
+    if state is not None and state.status == "failed":
+        st.error(plain(state.message), icon=":material/error:")
+    return False
+
+
+def csv(table: Any) -> bytes:
+    """A table as CSV that no spreadsheet takes for formulas."""
+    from perturb.report import csv_bytes
+
+    return csv_bytes(table)
+
+
+def _watch(key: str) -> None:
+    """Place in the queue or progress, and a way to cancel."""
     with guard():
         state = get_worker().state(key, owner())
         if state is None or state.over:

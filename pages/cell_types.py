@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from pages._experiment import Experiment
     from perturb.run import Progress
 
-POLL_S = 0.6
 ENVIRONMENTS = ("The prior", "The chosen cell", "Along an axis")
 PARTS = {"z_e": "Environment alone", "z_c": "Identity alone", "both": "Both"}
 STEPS = 5
@@ -106,12 +105,8 @@ def _gallery(gallery: Gallery, model: GE2Hist) -> None:
     if stored is not None:
         _show(gallery, model, stored["images"])
         return
-    state = _ui.get_worker().state(key, _ui.owner())
-    if state is not None and not state.over:
-        st.fragment(_ui.watch, run_every=POLL_S)(key)
+    if _ui.under_way(key):
         return
-    if state is not None and state.status == "failed":
-        st.error(_ui.plain(state.message), icon=":material/error:")
     st.button(
         f"Draw {len(gallery.latent)} pictures",
         type="primary",
@@ -160,7 +155,7 @@ def _show(gallery: Gallery, model: GE2Hist, images: Any) -> None:
         "One picture each, nuclei read from it: density in cells/mm², spacing in µm, shares as fractions. A single "
         "draw says little about a type; change the seed to see others."
     )
-    st.download_button("Table (CSV)", table.to_csv(index=False), "cell_types.csv", "text/csv", key="download gallery")
+    st.download_button("Table (CSV)", _ui.csv(table), "cell_types.csv", "text/csv", key="download gallery")
 
 
 with _ui.guard():

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from perturb.recipe import Recipe
     from perturb.run import Progress
 
-POLL_S = 0.8
-
 
 def page() -> None:
     model = _ui.get_model()
@@ -193,23 +191,13 @@ def _effects(names: list[str], results: list[Any]) -> None:
         f"Effect: edited minus unedited over {len(results[0].recipe.seeds)} noise seeds that all scenarios share, with "
         "its 95 % interval. q is adjusted within each scenario."
     )
-    st.download_button("Table (CSV)", _csv(table), "scenarios.csv", "text/csv", key="download scenarios")
-
-
-def _csv(table: Any) -> bytes:
-    from perturb.report import csv_bytes
-
-    return csv_bytes(table)
+    st.download_button("Table (CSV)", _ui.csv(table), "scenarios.csv", "text/csv", key="download scenarios")
 
 
 def _draw(missing: list[Recipe], model: GE2Hist, source: H5adSource) -> None:
     key = "scenarios " + " ".join(recipe.hash for recipe in missing)
-    state = _ui.get_worker().state(key, _ui.owner())
-    if state is not None and not state.over:
-        st.fragment(_ui.watch, run_every=POLL_S)(key)
+    if _ui.under_way(key):
         return
-    if state is not None and state.status == "failed":
-        st.error(_ui.plain(state.message), icon=":material/error:")
     pictures = 2 * sum(len(recipe.cell_ids) * len(recipe.seeds) for recipe in missing)
     st.button(
         f"Draw {len(missing)} scenario{'s' * (len(missing) > 1)} (at most {pictures:,} pictures)",

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from perturb.run import Progress
     from perturb.screen import Screen, ScreenResult
 
-POLL_S = 0.8
 WHAT = ("All expressed genes", "A list of genes", "Drug signatures")
 # On two cores with the demo bundle, as the text beside the estimate says.
 SECONDS_PER_PICTURE = 0.25
@@ -92,14 +91,9 @@ def _choices(experiment: Experiment, model: GE2Hist, source: H5adSource) -> Scre
 def _screen(screen: Screen, experiment: Experiment, model: GE2Hist, source: H5adSource) -> None:
     from perturb.screen import load_screen
 
-    worker = _ui.get_worker()
-    state = worker.state(screen.hash, _ui.owner())
     result = load_screen(screen.hash, _ui.get_cache())
-    if state is not None and not state.over:
-        st.fragment(_ui.watch, run_every=POLL_S)(screen.hash)
+    if _ui.under_way(screen.hash):
         return
-    if state is not None and state.status == "failed":
-        st.error(_ui.plain(state.message), icon=":material/error:")
     if result is None or not result.complete:
         minutes = (screen.pictures * SECONDS_PER_PICTURE + len(screen.candidates) * 0.02) / 60
         st.button(
@@ -168,19 +162,13 @@ def _show(result: ScreenResult, screen: Screen, experiment: Experiment) -> None:
         if len(table):
             st.download_button(
                 f"{name.capitalize()} (CSV)",
-                _csv(table),
+                _ui.csv(table),
                 f"screen-{screen.hash[:8]}-{name}.csv",
                 "text/csv",
                 key=f"download {name}",
                 on_click="ignore",
                 icon=":material/download:",
             )
-
-
-def _csv(table: pd.DataFrame) -> bytes:
-    from perturb.report import csv_bytes
-
-    return csv_bytes(table)
 
 
 def _table(table: pd.DataFrame, experiment: Experiment, key: str) -> None:

@@ -407,15 +407,11 @@ def run_screen(
     result = ScreenResult(screen.hash, ranked, pd.DataFrame(), complete=False)
     _store(result, cache)
     for table in confirm(screen, ranked, draw or here):
-        result = replace_table(result, table)
+        result = replace(result, confirmed=table)
         _store(result, cache)
-    result = ScreenResult(screen.hash, ranked, result.confirmed, complete=True)
+    result = replace(result, complete=True)
     _store(result, cache)
     return result
-
-
-def replace_table(result: ScreenResult, confirmed: pd.DataFrame) -> ScreenResult:
-    return ScreenResult(result.screen_hash, result.guess, confirmed, result.complete)
 
 
 def _store(result: ScreenResult, cache: DiskCache) -> None:
