@@ -62,12 +62,12 @@ def dose_panel(result: Result, model: GE2Hist) -> None:
 
 
 def _submit(key: str, series: Any, model: GE2Hist, source: Any, recipe: Any) -> None:
-    cells, cache = _ui.get_cells(recipe, source), _ui.get_cache()
+    cells, network, cache = _ui.get_cells(recipe, source), _ui.network_of(recipe), _ui.get_cache()
 
     def work(on_progress: Callable[[Progress], None], cancel: Any) -> None:
         from perturb.doses import run_doses
 
-        run_doses(series, model, cells, cache, on_progress=on_progress, cancel=cancel)
+        run_doses(series, model, cells, cache, network=network, on_progress=on_progress, cancel=cancel)
 
     _ui.get_worker().submit(key, work, _ui.owner())
 

@@ -9,13 +9,14 @@ import streamlit as st
 
 from pages import _ui
 from pages._doses import dose_panel
+from pages._network import spread_section
 from perturb.edits import EditSet
 
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
     from perturb.result import Result
 
-SECTIONS = ("Charts", "All seeds", "Denoising", "Table", "Doses")
+SECTIONS = ("Charts", "All seeds", "Denoising", "Table", "Network", "Doses")
 
 
 def results(result: Result, model: GE2Hist) -> None:
@@ -25,13 +26,19 @@ def results(result: Result, model: GE2Hist) -> None:
     for warning in result.warnings:
         st.caption(f":material/warning: {_ui.plain(warning)}")
     dosed = [part for part in result.recipe.perturbation.parts if isinstance(part, EditSet) and part.dose is not None]
-    shown = SECTIONS if dosed else SECTIONS[:-1]
+    there = {"Network": result.network is not None, "Doses": bool(dosed)}
+    shown = [name for name in SECTIONS if there.get(name, True)]
     if st.session_state.get("section") not in shown:
         st.session_state["section"] = SECTIONS[0]
     section = st.segmented_control("Results", shown, key="section", label_visibility="collapsed", required=True)
-    {"Charts": _charts, "All seeds": _all_seeds, "Denoising": _denoising, "Table": _table, "Doses": dose_panel}[
-        section
-    ](result, model)
+    {
+        "Charts": _charts,
+        "All seeds": _all_seeds,
+        "Denoising": _denoising,
+        "Table": _table,
+        "Network": lambda result, model: spread_section(result),
+        "Doses": dose_panel,
+    }[section](result, model)
     _ui.downloads(result)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
     from ge2hist_core.types import Cells
     from perturb.cache import DiskCache
+    from perturb.grn import Network
     from perturb.jobs import JobState, Worker
     from perturb.profile import Profile
     from perturb.recipe import Recipe
@@ -244,13 +245,41 @@ def _result(recipe_hash: str, folder: str) -> Result:
     return found
 
 
+def networks_folder() -> Path:
+    """Where networks that were fitted or uploaded are kept by their hash."""
+    return home() / "networks"
+
+
+def get_network(digits: str | None) -> Network | None:
+    """The network whose SHA-256 begins with ``digits``, None for None.
+
+    Raises
+    ------
+    BadInput: no such network here.
+    """
+    return None if digits is None else _network(digits, str(networks_folder()))
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _network(digits: str, folder: str) -> Network:
+    from perturb.networks import kept_network
+
+    return kept_network(digits, Path(folder))
+
+
+def network_of(recipe: Recipe) -> Network | None:
+    """The network that a recipe spreads its edits through."""
+    return get_network(recipe.propagation.network_sha256 if recipe.propagation is not None else None)
+
+
 def draw(recipe: Recipe, model: GE2Hist, source: H5adSource, on_progress: Callable[[Progress], None]) -> Result:
     """The result of a recipe, drawn here and now if it is not at hand. Fit for one seed; one draft at a time."""
     from perturb.run import run
 
     if (found := get_result(recipe)) is None:
         with draft_lock():
-            run(recipe, model, get_cells(recipe, source), cache=get_cache(), on_progress=on_progress)
+            network = network_of(recipe)
+            run(recipe, model, get_cells(recipe, source), network=network, cache=get_cache(), on_progress=on_progress)
         found = get_result(recipe)
     if found is None:
         raise BadInput(f"The result could not be kept in {home()}: free some disk space there.")
@@ -413,7 +442,9 @@ def _from_query(query: dict[str, str], model: GE2Hist) -> Experiment:
 
     path = find_data(query.get("data", ""), model)
     source = get_source(path, model, query.get("matrix") or None, query.get("gene_column") or None)
-    recipe = Recipe.from_query(query, source.sha256, model.sha256)
+    recipe = Recipe.from_query(
+        query, source.sha256, model.sha256, lambda digits: _network(digits, str(networks_folder()))
+    )
     genes = tuple(gene for gene in Experiment.idle_genes(query) if gene in set(source.genes))
     check_recipe(recipe, source)
     return Experiment(recipe, path, genes)
@@ -444,12 +475,12 @@ def owner() -> str:
 
 def submit(recipe: Recipe, model: GE2Hist, source: H5adSource) -> None:
     """Ask the worker for a recipe."""
-    cells, cache = get_cells(recipe, source), get_cache()
+    cells, network, cache = get_cells(recipe, source), network_of(recipe), get_cache()
 
     def work(on_progress: Callable[[Progress], None], cancel: Any) -> None:
         from perturb.run import run
 
-        run(recipe, model, cells, cache=cache, on_progress=on_progress, cancel=cancel)
+        run(recipe, model, cells, network=network, cache=cache, on_progress=on_progress, cancel=cancel)
 
     get_worker().submit(recipe.hash, work, owner())
     st.session_state["running"] = recipe

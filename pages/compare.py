@@ -210,18 +210,18 @@ def _draw(missing: list[Recipe], model: GE2Hist, source: H5adSource) -> None:
 
 
 def _submit(key: str, missing: list[Recipe], model: GE2Hist, source: H5adSource) -> None:
-    cells, cache = [_ui.get_cells(recipe, source) for recipe in missing], _ui.get_cache()
+    inputs, cache = [(_ui.get_cells(recipe, source), _ui.network_of(recipe)) for recipe in missing], _ui.get_cache()
 
     def work(on_progress: Callable[[Progress], None], cancel: Any) -> None:
         from perturb.run import Progress, run
 
-        for i, (recipe, some) in enumerate(zip(missing, cells, strict=True)):
+        for i, (recipe, (cells, network)) in enumerate(zip(missing, inputs, strict=True)):
 
             def report(progress: Progress, i: int = i) -> None:
                 text = f"Scenario {i + 1} of {len(missing)}"
                 on_progress(Progress((i + progress.fraction) / len(missing), text, progress.preview))
 
-            run(recipe, model, some, cache=cache, on_progress=report, cancel=cancel)
+            run(recipe, model, cells, network=network, cache=cache, on_progress=report, cancel=cancel)
 
     _ui.get_worker().submit(key, work, _ui.owner())
 

@@ -8,6 +8,7 @@ from ge2hist_core.types import BadInput
 from pages import _ui
 from pages._cells import cell_panel, data_panel, upload
 from pages._genes import gene_panel
+from pages._network import network_panel
 from pages._niche import niche_panel
 from pages._results import results
 from pages._signatures import signature_panel
@@ -38,6 +39,7 @@ def page() -> None:
     with genes, _ui.guard():
         gene_panel(experiment, profile, _ui.get_edits(experiment.recipe, model, source))
         signature_panel(experiment, source.genes)
+        network_panel(experiment, source)
     with niche:
         shown = niche_panel(experiment, source, model, profile)
     if shown is not None:

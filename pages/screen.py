@@ -53,7 +53,7 @@ def page() -> None:
 def _choices(experiment: Experiment, model: GE2Hist, source: H5adSource) -> Screen | None:
     from perturb.screen import READOUTS, Screen, knock_outs, signature_edits
 
-    recipe = replace(experiment.recipe, perturbation=Perturbation(), seeds=(0,))
+    recipe = replace(experiment.recipe.base, seeds=(0,))
     cells = _ui.get_cells(recipe, source)
     chosen = cells.take(slice(len(recipe.cell_ids)))
     left, middle, right = st.columns([2, 1.4, 1])

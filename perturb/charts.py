@@ -11,17 +11,21 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ge2hist_core.support import OUTSIDE
 from perturb.colours import colour_of
 
 __all__ = [
+    "CHART_CONFIG",
     "THEMES",
     "composition",
     "density",
     "dose_response",
     "effects",
+    "ranking",
     "readable",
     "scenarios",
     "spacing",
+    "tradeoff",
     "volcano",
 ]
 
@@ -310,6 +314,60 @@ def scenarios(table: pd.DataFrame, readout: str, theme: str = "light") -> go.Fig
     return figure.update_layout(height=180 + 34 * len(rows))
 
 
+def tradeoff(table: pd.DataFrame, theme: str = "light") -> go.Figure:
+    """How much of the gap to a target the best edit sets close, against how unusual they make the cell.
+
+    A line for each number of edits joins sets of which none is both nearer and better supported; open markers lie
+    outside the data (p < 0.05 in some cell).
+
+    Parameters
+    ----------
+    table: ``edits, size, closed, support, outside`` (:func:`perturb.goal.pareto`). Without a support p the sets stand
+        at their number of edits.
+    """
+    rows = table[table["size"] > 0]
+    known = bool(rows["support"].notna().any())
+    look = THEMES[theme]
+    figure = go.Figure()
+    figure.add_hline(y=0, line={"color": look["muted"], "dash": "dot"})
+    if known:
+        figure.add_vline(
+            x=OUTSIDE,
+            line={"color": look["muted"], "dash": "dash"},
+            annotation={"text": "outside the data", "font": {"color": look["ink"]}},
+            annotation_position="top left",
+        )
+    # Shape and shade tell the sizes apart; colours mean cell types.
+    symbols, shades = ("circle", "square", "diamond"), (0.45, 0.7, 1.0)
+    for size, part in rows.groupby("size"):
+        part = part.sort_values("support", kind="stable")
+        kind = (int(size) - 1) % len(symbols)
+        figure.add_scatter(
+            x=part["support"] if known else part["size"],
+            y=100.0 * part["closed"],
+            customdata=part[["edits", "support", "outside"]],
+            name=f"{size} edit{'s' * (size > 1)}",
+            mode="lines+markers" if known else "markers",
+            line={"color": look["muted"], "width": 1},
+            marker={
+                "size": 10,
+                "color": look["ink"],
+                "opacity": shades[kind],
+                "symbol": [symbols[kind] + "-open" * (n > 0) for n in part["outside"]],
+                "line": {"color": look["ink"], "width": 2},
+            },
+            hovertemplate="%{customdata[0]}<br>%{y:.0f} % of the gap closed (the model's guess)"
+            "<br>support p = %{customdata[1]:.2g}, cells outside the data: %{customdata[2]}<extra></extra>",
+        )
+    if known:
+        figure.update_xaxes(title_text="Support of the edited cell (conformal p, log scale)", type="log")
+    else:
+        figure.update_xaxes(title_text="Number of edits", dtick=1)
+    figure.update_yaxes(title_text="Gap to the target closed (%)")
+    figure.update_layout(clickmode="event+select")
+    return _finish(figure, theme, "Trade-off; open: outside the data")
+
+
 def readable(readout: str) -> str:
     """Name of a readout for people: "Share of Fibroblast", "Density of Fibroblast", "All nuclei"."""
     kind, _, name = readout.partition(":")
@@ -363,3 +421,72 @@ def _finish(figure: go.Figure, theme: str, title: str) -> go.Figure:
     figure.update_xaxes(gridcolor=look["grid"], automargin=True)
     figure.update_yaxes(gridcolor=look["grid"], automargin=True)
     return figure
+
+
+CHART_CONFIG: dict[str, object] = {
+    "displaylogo": False,
+    "responsive": True,
+    "toImageButtonOptions": {"format": "svg", "filename": "ge2hist-chart"},
+}
+"""Plotly settings of every chart in pages and reports; the camera in a chart's corner saves it as SVG."""
+
+
+def ranking(guess: pd.DataFrame, readout: str, drawn: int, theme: str = "light", named: int = 12) -> go.Figure:
+    """Guessed change of every candidate against the mean count of its genes; filled where q_matched < 0.05.
+
+    The matched null compares a candidate with its neighbours along the horizontal axis.
+
+    Parameters
+    ----------
+    guess: ``candidate, level, q_matched`` and ``readout``, the largest first (:func:`perturb.screen.guess`).
+    readout: the column that ranks. drawn: how many leading candidates were drawn. named: how many bear their name.
+    """
+    look = THEMES[theme]
+    score, level = guess[readout].abs().to_numpy(), guess["level"].to_numpy()
+    hit = guess["q_matched"].to_numpy() < 0.05
+    figure = go.Figure()
+    for title, part, colour in (
+        ("Not drawn", slice(drawn, None), look["muted"]),
+        ("Drawn", slice(0, drawn), colour_of("CD8 T cell")),
+    ):
+        rows = guess.iloc[part]
+        names = [name if i < named else "" for i, name in enumerate(rows["candidate"])]
+        figure.add_scatter(
+            x=np.maximum(level[part], 0.01),
+            y=score[part],
+            customdata=rows[["candidate", "p_matched", "q_matched"]],
+            text=names if title == "Drawn" else None,
+            mode="markers+text" if title == "Drawn" else "markers",
+            textposition="top center",
+            textfont={"size": 11},
+            name=title,
+            marker={
+                "size": 9 if title == "Drawn" else 6,
+                "color": colour,
+                "symbol": ["circle" if h else "circle-open" for h in hit[part]],
+            },
+            hovertemplate="%{customdata[0]}<br>change %{y:.3g}, mean count %{x:.3g}<br>"
+            "matched p = %{customdata[1]:.2g}, q = %{customdata[2]:.2g}<extra></extra>",
+        )
+    unit = {"shift": "root counts", "density": "cells/mm²"}.get(readout, "fraction")
+    figure.update_xaxes(title_text="Mean count of the edited genes", type="log")
+    figure.update_yaxes(title_text=f"Guessed change ({unit})", rangemode="tozero")
+    return _finish(figure, theme, "All candidates; filled: q < 0.05 against 30 of like expression")
+
+
+def spread(table: pd.DataFrame, readout: str, theme: str = "light") -> go.Figure:
+    """One readout: the direct edit's effect, what the network adds, what random wiring adds; filled where q < 0.05.
+
+    Parameters
+    ----------
+    table: ``contrast, readout, unit, effect, low, high, q, n`` (:attr:`perturb.result.Result.spread_effects`).
+    """
+    titles = {
+        "direct - unedited": "Direct edit - unedited",
+        "network - direct": "Network - direct edit",
+        "control - direct": "Random wiring - direct edit",
+        "network - control": "Network - random wiring",
+    }
+    figure = scenarios(table.assign(scenario=table["contrast"].map(titles)), readout, theme)
+    figure.update_xaxes(title_text=figure.layout.xaxis.title.text.replace("Edited - unedited", "Paired difference"))
+    return figure.update_layout(title_text="What the network does; filled: q < 0.05")

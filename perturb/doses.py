@@ -18,6 +18,7 @@ import pandas as pd
 from ge2hist_core.types import BadInput, Cells
 from perturb.dose_response import DoseResponse, Hill, dose_response, doses
 from perturb.edits import EditSet, Perturbation
+from perturb.grn import Network, read_network
 from perturb.recipe import Recipe
 from perturb.result import pack_table, unpack_table
 from perturb.run import Progress, run
@@ -78,6 +79,7 @@ def run_doses(
     cells: Cells,
     cache: DiskCache,
     *,
+    network: Network | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     cancel: threading.Event | None = None,
 ) -> pd.DataFrame:
@@ -99,7 +101,7 @@ def run_doses(
                 text = f"Dose {dose:g}, {i + 1} of {len(series)}"
                 on_progress(Progress((i + progress.fraction) / len(series), text, progress.preview))
 
-        result = run(recipe, model, cells, cache=cache, on_progress=report, cancel=cancel)
+        result = run(recipe, model, cells, network=network, cache=cache, on_progress=report, cancel=cancel)
         tables.append(result.comparison.assign(dose=dose))
     table = pd.concat(tables, ignore_index=True)[list(COLUMNS)]
     cache.store_json(series_key(series), pack_table(table))
@@ -130,6 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder for doses.csv and doses.html")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
     parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="the h5ad that the recipe was made with")
+    parser.add_argument("--network", help="the network table of a recipe whose edits spread")
     parser.add_argument("--cache", help="folder in which finished arms are kept and looked up")
 
 
@@ -170,13 +173,14 @@ def main(args: argparse.Namespace) -> None:
     from perturb.run import open_recipe, print_progress
 
     signature = find_signature(args.signature, args.signature_file)
+    network = read_network(args.network) if args.network else None
     recipe, model, cells = open_recipe(args)
     series = dose_series(recipe, signature, list(cells.genes), args.max_dose)
     for sentence in expand(signature, list(cells.genes), args.max_dose).sentences:
         print(sentence)
     with tempfile.TemporaryDirectory() as folder:
         cache = DiskCache(args.cache or folder)
-        table = run_doses(series, model, cells, cache, on_progress=print_progress())
+        table = run_doses(series, model, cells, cache, network=network, on_progress=print_progress())
     out = Path(args.out)
     figure = charts.dose_response(table, "density", signature.dose_unit)
     for name, content in (("doses.csv", csv_bytes(table)), ("doses.html", figure.to_html().encode())):

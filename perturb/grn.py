@@ -40,7 +40,6 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from ge2hist_core.config import from_json
 from ge2hist_core.files import sha256_file
 from ge2hist_core.types import BadInput, Cells
 
@@ -58,10 +57,12 @@ __all__ = [
     "fit_network",
     "log_expression",
     "observed_range",
+    "pack_network",
     "propagate",
     "randomised",
     "read_network",
     "spread",
+    "unpack_network",
 ]
 
 SCALE = 1e4
@@ -188,6 +189,31 @@ class Network:
         return out
 
 
+def pack_network(network: Network) -> dict[str, Any]:
+    """A network as JSON holds it."""
+    return {
+        "edges": list(map(list, zip(network.regulators, network.targets, map(float, network.weights), strict=True))),
+        **{name: getattr(network, name) for name in ("name", "source", "scale", "signed")},
+    }
+
+
+def unpack_network(packed: dict[str, Any]) -> Network:
+    """Inverse of :func:`pack_network`.
+
+    Raises
+    ------
+    BadInput: not a packed network.
+    """
+    try:
+        first, second = (np.array([edge[i] for edge in packed["edges"]], dtype=object) for i in (0, 1))
+        weights = np.array([edge[2] for edge in packed["edges"]], dtype=np.float64)
+        return Network(first, second, weights, packed["name"], packed["source"], packed["scale"], packed["signed"])
+    except BadInput:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise BadInput(f"The stored network is damaged ({error}): open its table again.") from None
+
+
 def _check_edges(regulators: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> None:
     blank = np.flatnonzero((np.char.strip(regulators) == "") | (np.char.strip(targets) == ""))
     if len(blank):
@@ -229,6 +255,7 @@ class Propagation:
     network_name: for the user.
     steps: 0 to 10; 0 is the direct edit alone.
     quantiles: of the reference cells, lower and upper end of the observed range.
+    control: spread through :func:`randomised` networks instead, another one for each noise seed.
 
     Raises
     ------
@@ -239,6 +266,7 @@ class Propagation:
     network_name: str
     steps: int = DEFAULT_STEPS
     quantiles: tuple[float, float] = QUANTILES
+    control: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.network_sha256, str) and _SHA256.fullmatch(self.network_sha256)):
@@ -246,32 +274,10 @@ class Propagation:
         if not isinstance(self.network_name, str) or not self.network_name.strip():
             raise BadInput(f"network_name is {self.network_name!r}: give the network a name.")
         _check_steps(self.steps)
+        if not isinstance(self.control, bool):
+            raise BadInput(f"control is {self.control!r}: give true or false.")
         # 0 and 0.0 are the same quantile and must hash alike.
         object.__setattr__(self, "quantiles", _checked_quantiles(self.quantiles))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain list, number and strings."""
-        return {
-            "network_sha256": self.network_sha256,
-            "network_name": self.network_name,
-            "steps": self.steps,
-            "quantiles": list(self.quantiles),
-        }
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Propagation:
-        """Inverse of :meth:`to_dict`.
-
-        Raises
-        ------
-        BadInput: an unknown, missing or malformed field.
-        """
-        if not isinstance(value, dict):
-            raise BadInput(f"The propagation is {value!r}: give its fields by name.")
-        try:
-            return from_json(cls, value)
-        except TypeError as error:
-            raise BadInput(f"A field of the propagation is missing or of another type ({error}).") from None
 
 
 def _check_steps(steps: int) -> None:

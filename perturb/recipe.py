@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from urllib.parse import quote, unquote
 from ge2hist_core.config import SampleConfig, from_json, to_json
 from ge2hist_core.types import BadInput
 from perturb.edits import Edit, EditSet, Perturbation
+from perturb.grn import DEFAULT_STEPS, Network, Propagation, read_network
 
 __all__ = ["DEFAULT_SEEDS", "MAX_PICTURES", "SCHEMA", "Recipe"]
 
@@ -47,6 +48,7 @@ class Recipe:
     sample: solver, steps and guidance.
     seeds: one picture per cell, arm and seed; both arms share all of the noise of a seed.
     encoder_seed: of tie-breaking and gene subsampling in the encoder, and of the resampling in the statistics.
+    propagation: how the edits spread to other genes through a network; None: they do not.
     matrix, gene_column: what to read in the data instead of the automatic choice, as in ``data.open_h5ad``.
     schema: version of this format.
 
@@ -62,6 +64,7 @@ class Recipe:
     sample: SampleConfig = field(default_factory=SampleConfig)
     seeds: tuple[int, ...] = DEFAULT_SEEDS
     encoder_seed: int = 0
+    propagation: Propagation | None = None
     matrix: str | None = None
     gene_column: str | None = None
     schema: int = SCHEMA
@@ -80,6 +83,8 @@ class Recipe:
         for seed in (*self.seeds, self.encoder_seed):
             if type(seed) is not int or not 0 <= seed < 2**63:
                 raise BadInput(f"A seed is {seed!r}: choose whole numbers from 0 to 2^63 - 1.")
+        if not isinstance(self.propagation, Propagation | None):
+            raise BadInput(f"propagation is {self.propagation!r}: give its fields by name or leave it out.")
         for name in ("matrix", "gene_column"):
             if not isinstance(getattr(self, name), str | None) or getattr(self, name) == "":
                 raise BadInput(f"{name} is {getattr(self, name)!r}: give a name or leave it out.")
@@ -94,7 +99,18 @@ class Recipe:
     @property
     def base(self) -> Recipe:
         """The unedited arm: the same recipe without edits."""
-        return replace(self, perturbation=Perturbation())
+        return replace(self, perturbation=Perturbation(), propagation=None)
+
+    @property
+    def arms(self) -> dict[str, Recipe]:
+        """Recipes of what is drawn: ``base``, ``edited`` and, where edits spread, ``direct`` (they do not) and
+        ``control`` (they spread through randomised networks).
+        """
+        arms = {"base": self.base, "edited": self}
+        if self.propagation is not None and self.perturbation:
+            arms["direct"] = replace(self, propagation=None)
+            arms["control"] = replace(self, propagation=replace(self.propagation, control=True))
+        return arms
 
     @property
     def draft(self) -> Recipe:
@@ -118,7 +134,10 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, as in the JSON."""
-        return to_json(self) | {"perturbation": [to_json(part) for part in self.perturbation.parts]}
+        value = to_json(self) | {"perturbation": [to_json(part) for part in self.perturbation.parts]}
+        if self.propagation is None:
+            del value["propagation"]
+        return value
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -138,12 +157,15 @@ class Recipe:
         missing = [name for name in ("data_sha256", "model_sha256", "cell_ids") if name not in value]
         if missing:
             raise BadInput(f"The recipe has no field {missing[0]!r}: give a recipe.json that GE2Hist wrote.")
-        parts, sample = value.get("perturbation", []), value.get("sample", {})
-        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in (*parts, sample)):
-            raise BadInput("The recipe's perturbation or sample is malformed: give a recipe.json that GE2Hist wrote.")
+        parts, sample, spread = value.get("perturbation", []), value.get("sample", {}), value.get("propagation")
+        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in (*parts, sample, spread or {})):
+            raise BadInput(
+                "The recipe's perturbation, propagation or sample is malformed: give a recipe.json that GE2Hist wrote."
+            )
         try:
             value["perturbation"] = Perturbation(tuple(map(_part, parts)))
             value["sample"] = from_json(SampleConfig, sample)
+            value["propagation"] = from_json(Propagation, spread) if spread else None
         except TypeError as error:
             raise BadInput(f"A field of the recipe is missing or of another type ({error}).") from None
         return from_json(cls, value)
@@ -170,6 +192,7 @@ class Recipe:
             "edit": str(self.perturbation),
             "seeds": _print_seeds(self.seeds),
             "encoder_seed": str(self.encoder_seed),
+            "network": _print_propagation(self.propagation),
             "matrix": self.matrix or "",
             "gene_column": self.gene_column or "",
             "schema": str(self.schema),
@@ -177,12 +200,22 @@ class Recipe:
         return {name: value for name, value in query.items() if value != _QUERY_DEFAULTS.get(name)}
 
     @classmethod
-    def from_query(cls, query: Mapping[str, str], data_sha256: str, model_sha256: str) -> Recipe:
+    def from_query(
+        cls,
+        query: Mapping[str, str],
+        data_sha256: str,
+        model_sha256: str,
+        find_network: Callable[[str], Network] | None = None,
+    ) -> Recipe:
         """Inverse of :meth:`to_query`, for the data and the model that are open. Unknown parameters are ignored.
+
+        Parameters
+        ----------
+        find_network: the network whose SHA-256 begins with the given digits; raises BadInput without one.
 
         Raises
         ------
-        BadInput: a malformed parameter, or a link made for other data or another model.
+        BadInput: a malformed parameter, or a link made for other data, another model or a network that is not here.
         """
         value = _QUERY_DEFAULTS | {key: text for key, text in query.items() if text}
         _check_schema(_number("schema", value["schema"], int))
@@ -203,6 +236,7 @@ class Recipe:
             ),
             seeds=_parse_seeds(value["seeds"]),
             encoder_seed=_number("encoder_seed", value["encoder_seed"], int),
+            propagation=_parse_propagation(value["network"], find_network) if value["network"] else None,
             matrix=value["matrix"] or None,
             gene_column=value["gene_column"] or None,
         )
@@ -248,6 +282,25 @@ def _print_seeds(seeds: tuple[int, ...]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
+def _print_propagation(propagation: Propagation | None) -> str:
+    """``NETWORK,STEPS,LOW,HIGH`` with 12 digits of the network's SHA-256."""
+    if propagation is None:
+        return ""
+    numbers = (propagation.steps, *propagation.quantiles)
+    return ",".join([propagation.network_sha256[:_SHORT], *map(_print_number, numbers)])
+
+
+def _parse_propagation(text: str, find_network: Callable[[str], Network] | None) -> Propagation:
+    digits, *numbers = text.split(",")
+    if not re.fullmatch(r"[0-9a-f]{12}", digits) or len(numbers) != 3:
+        raise BadInput(f"network is {text!r}: write 12 digits of its SHA-256, steps and two quantiles.")
+    steps, low, high = (_number("network", n, kind) for n, kind in zip(numbers, (int, float, float), strict=True))
+    if find_network is None:
+        raise BadInput(f"This link spreads edits through the network {digits}: open that network first.")
+    network = find_network(digits)
+    return Propagation(network.sha256, network.name, steps, (low, high))
+
+
 def _parse_seeds(text: str) -> tuple[int, ...]:
     seeds: list[int] = []
     for part in text.split(","):
@@ -265,6 +318,7 @@ _QUERY_DEFAULTS = {
     "edit": "",
     "seeds": _print_seeds(DEFAULT_SEEDS),
     "encoder_seed": "0",
+    "network": "",
     "matrix": "",
     "gene_column": "",
     "schema": str(SCHEMA),
@@ -281,6 +335,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=sample.steps)
     parser.add_argument("--guidance", type=float, default=sample.guidance)
     parser.add_argument("--encoder-seed", type=int, default=0)
+    parser.add_argument("--network", help="network table through which the edits spread to other genes")
+    parser.add_argument("--network-steps", type=int, default=DEFAULT_STEPS, help="edges in a row, 1 to 10")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
     parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="h5ad with raw counts")
 
@@ -291,6 +347,7 @@ def main(args: argparse.Namespace) -> None:
     from ge2hist_core.model import GE2Hist
     from perturb.run import cells_for
 
+    network = read_network(args.network) if args.network else None
     model = GE2Hist.load(args.bundle)
     with open_h5ad(args.cells, model.scgpt.vocab) as source:
         recipe = Recipe(
@@ -301,6 +358,7 @@ def main(args: argparse.Namespace) -> None:
             sample=SampleConfig(args.solver, args.steps, args.guidance),
             seeds=_parse_seeds(args.seeds),
             encoder_seed=args.encoder_seed,
+            propagation=Propagation(network.sha256, network.name, args.network_steps) if network else None,
         )
         chosen = cells_for(source, recipe.cell_ids)
         recipe.perturbation.apply(chosen.take(slice(len(recipe.cell_ids))), chosen)

@@ -10,16 +10,19 @@ import pandas as pd
 
 from ge2hist_core.types import NUCLEI_COLUMNS, Latent, Niche
 from perturb.cache import DiskCache
+from perturb.grn import Network, pack_network, unpack_network
 from perturb.recipe import Recipe
 
 __all__ = ["Arm", "Result", "load_arm", "load_result", "pack_table", "store_result", "unpack_table"]
 
-TABLES = ("readouts", "summary", "comparison", "states", "edits")
+TABLES = ("readouts", "summary", "comparison", "states", "edits", "spread", "spread_effects")
 
 
 @dataclass(frozen=True, eq=False)
 class Arm:
     """One arm. Pictures run over cells, then seeds: picture ``c * n_seeds + s``.
+
+    What stands per cell is, in a control arm, that of the first seed's network.
 
     Parameters
     ----------
@@ -80,6 +83,9 @@ class Result:
     ----------
     recipe: what was done.
     base_arm, edited_arm: pictures, nuclei, states.
+    direct_arm, control_arm: where edits spread through a network: the same without spreading, and with networks of
+        random wiring, another one for each seed; else None.
+    network: through which the edits spread, or None.
     um_per_px: of every picture.
     readouts: one row per arm, cell, seed and readout: ``arm, cell_id, seed, readout, unit, value``.
     summary: mean and interval per arm: ``arm, readout, unit, mean, low, high, n``.
@@ -87,6 +93,10 @@ class Result:
     states: one row per cell: type that the model reads, its probability, support, distances moved.
     edits: what the encoder saw: ``cell_id, gene, edit, count_before, count_after, percentile_before, percentile_after,
         bin_before, bin_after, in_vocabulary``.
+    spread: genes that the network moved, one row per cell and gene: ``cell_id, gene, count_before, count_after,
+        bin_before, bin_after``, the largest change of bin first; empty without propagation.
+    spread_effects: what spreading did: ``contrast, readout, unit, effect, low, high, p, q, n`` (paired), contrasts
+        ``direct - unedited``, ``network - direct``, ``control - direct``, ``network - control``.
     warnings: technical doubts, one sentence each.
     provenance: versions, hashes, sources.
     model_card: text of the bundle's MODEL_CARD.md, empty if it has none.
@@ -101,9 +111,20 @@ class Result:
     comparison: pd.DataFrame
     states: pd.DataFrame
     edits: pd.DataFrame
+    spread: pd.DataFrame
+    spread_effects: pd.DataFrame
     warnings: tuple[str, ...]
     provenance: dict[str, Any]
     model_card: str
+    direct_arm: Arm | None = None
+    control_arm: Arm | None = None
+    network: Network | None = None
+
+    @property
+    def arms(self) -> dict[str, Arm]:
+        """All arms by name, as :attr:`Recipe.arms` names them."""
+        found = {name: getattr(self, f"{name}_arm") for name in ("base", "edited", "direct", "control")}
+        return {name: arm for name, arm in found.items() if arm is not None}
 
     def _niches(self, arm: Arm) -> list[Niche]:
         seeds = self.recipe.seeds
@@ -158,18 +179,23 @@ def load_result(recipe_hash: str, cache: DiskCache) -> Result | None:
     if stored is None:
         return None
     recipe = Recipe.from_json(stored["recipe"])
-    base, edited = load_arm(recipe.base, cache), load_arm(recipe, cache)
-    if base is None or edited is None:
+    arms: dict[str, Arm] = {}
+    for name, one in recipe.arms.items():
+        if (arm := load_arm(one, cache)) is None:
+            return None
+        arms[f"{name}_arm"] = arm
+    network = None if recipe.propagation is None else cache.load_json(recipe.propagation.network_sha256)
+    if (network is None) != (recipe.propagation is None):
         return None
     return Result(
         recipe=recipe,
-        base_arm=base,
-        edited_arm=edited,
+        network=None if network is None else unpack_network(network),
         um_per_px=stored["um_per_px"],
         warnings=tuple(stored["warnings"]),
         provenance=stored["provenance"],
         model_card=stored["model_card"],
         **{name: unpack_table(table) for name, table in stored["tables"].items()},
+        **arms,
     )
 
 
@@ -196,4 +222,6 @@ def store_result(result: Result, cache: DiskCache) -> None:
         "provenance": result.provenance,
         "model_card": result.model_card,
     }
+    if result.network is not None:
+        cache.store_json(result.network.sha256, pack_network(result.network))
     cache.store_json(result.recipe.hash, value)

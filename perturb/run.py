@@ -1,4 +1,4 @@
-"""``run(recipe) -> Result``: both arms from the same noise, nuclei, statistics, paired comparison.
+"""``run(recipe) -> Result``: all arms from the same noise, nuclei, statistics, paired comparison.
 
 Whatever is not in the recipe cannot change a number of the result; the percentile of a gene's count among other cells
 of the type is the one description that also looks at the cells around it.
@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import scipy.sparse as sp
 
 from ge2hist_core import rng
 from ge2hist_core.types import BadInput, Cells, Latent
 from perturb.cache import DiskCache
+from perturb.grn import Network, observed_range, propagate, randomised, read_network
 from perturb.recipe import Recipe
 from perturb.result import Arm, Result, load_arm, store_result
 from perturb.tables import compare
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from ge2hist_core.data import H5adSource
     from ge2hist_core.model import GE2Hist, Preview
 
-__all__ = ["Progress", "cells_for", "cells_like", "open_recipe", "print_progress", "replay", "run"]
+__all__ = ["Progress", "cells_for", "cells_like", "edited_cells", "open_recipe", "print_progress", "replay", "run"]
 
 FRAMES = 24
 """Steps of the first picture that are kept for replay, at most."""
@@ -54,23 +56,25 @@ def run(
     model: GE2Hist,
     cells: Cells,
     *,
+    network: Network | None = None,
     cache: DiskCache | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     cancel: threading.Event | None = None,
 ) -> Result:
-    """Draw both arms with the same noise and compare them.
+    """Draw all arms (:attr:`Recipe.arms`) with the same noise and compare them.
 
     Parameters
     ----------
-    cells: hold at least the recipe's cells; further cells of the same types give the percentiles. Take them from
-        :func:`cells_for`: an edit to a percentile depends on them.
+    cells: hold at least the recipe's cells; further cells of the same types give the percentiles and the range that
+        propagation stays in. Take them from :func:`cells_for`: such edits depend on them.
+    network: that of the recipe's propagation.
     cache: arms and results are taken from it and kept in it.
     on_progress: called after each denoising step, in this thread.
     cancel: when set, the run ends at the next denoising step.
 
     Raises
     ------
-    BadInput: a cell that ``cells`` lack, a gene that they lack, another model than the recipe's.
+    BadInput: a cell that ``cells`` lack, a gene that they lack, another model or network than the recipe's.
     ge2hist_core.sampler.Stopped: cancelled. Arms that the cache held stay there.
     """
     if model.sha256 != recipe.model_sha256:
@@ -78,20 +82,42 @@ def run(
             f"The recipe was made with model {recipe.model_sha256[:12]}, but {model.sha256[:12]} is loaded: "
             "load that bundle or make the recipe again."
         )
+    if recipe.propagation is not None and (network is None or network.sha256 != recipe.propagation.network_sha256):
+        raise BadInput(
+            f"The recipe spreads edits through the network {recipe.propagation.network_name!r} "
+            f"({recipe.propagation.network_sha256[:12]}): open that network."
+        )
     chosen = _choose(cells, recipe.cell_ids)
-    edited_cells = recipe.perturbation.apply(chosen, cells)
-    states = {"base": (recipe.base, chosen), "edited": (recipe, edited_cells)}
-    kept = {name: load_arm(one, cache) for name, (one, _) in states.items()}
+    expression = {name: edited_cells(one, chosen, cells, network) for name, one in recipe.arms.items()}
+    kept = {name: load_arm(one, cache) for name, one in recipe.arms.items()}
     arms = {name: arm for name, arm in kept.items() if arm is not None}
-    wanted = {name: states[name][1] for name in states if name not in arms}
+    wanted = {name: some for name, some in expression.items() if name not in arms}
     for name, arm in _draw(recipe, model, wanted, on_progress, cancel).items():
         arms[name] = arm
         if cache is not None:
-            cache.store_arrays(states[name][0].hash, arm.to_arrays())
-    result = compare(recipe, model, cells, chosen, edited_cells, arms["base"], arms["edited"])
+            cache.store_arrays(recipe.arms[name].hash, arm.to_arrays())
+    result = compare(recipe, model, cells, {name: some[0] for name, some in expression.items()}, arms, network)
     if cache is not None:
         store_result(result, cache)
     return result
+
+
+def edited_cells(recipe: Recipe, chosen: Cells, cells: Cells, network: Network | None = None) -> list[Cells]:
+    """The recipe's cells with edited counts: once, or for a control once per noise seed, each with its own network.
+
+    Parameters
+    ----------
+    chosen: the recipe's cells. cells, network: as for :func:`run`.
+    """
+    direct = recipe.perturbation.apply(chosen, cells)
+    how = recipe.propagation
+    if how is None or network is None or not recipe.perturbation:
+        return [direct]
+    low, high = observed_range(cells, how.quantiles)
+    networks = [randomised(network, seed) for seed in recipe.seeds] if how.control else [network]
+    before, after, genes = chosen.counts, direct.counts, recipe.perturbation.genes
+    spread = (propagate(n, chosen.genes, before, after, low, high, steps=how.steps, edited=genes) for n in networks)
+    return [direct.with_counts(sp.csr_matrix(one.counts)) for one in spread]
 
 
 def replay(arm: Arm, model: GE2Hist) -> np.ndarray:
@@ -151,31 +177,36 @@ def _choose(cells: Cells, cell_ids: tuple[str, ...]) -> Cells:
 def _draw(
     recipe: Recipe,
     model: GE2Hist,
-    wanted: dict[str, Cells],
+    wanted: dict[str, list[Cells]],
     on_progress: Callable[[Progress], None] | None,
     cancel: threading.Event | None,
 ) -> dict[str, Arm]:
     """The wanted arms, drawn together: pictures of the same cell and seed lie side by side.
 
     A picture does not depend on its company (:meth:`GE2Hist.generate`), so an arm is the same drawn alone.
+
+    Parameters
+    ----------
+    wanted: arm -> its cells, once for all seeds or once per seed.
     """
     if not wanted:
         return {}
     names, n_seeds = list(wanted), len(recipe.seeds)
-    embedding = {name: model.embed(cells, recipe.encoder_seed) for name, cells in wanted.items()}
-    latent = {name: model.encode(embedding[name]) for name in names}
+    embedding = {name: [model.embed(cells, recipe.encoder_seed) for cells in some] for name, some in wanted.items()}
+    latent = {name: [model.encode(one) for one in some] for name, some in embedding.items()}
     n_pictures = n_seeds * len(recipe.cell_ids)
     places = [(name, i) for i in range(n_pictures) for name in names]
-    stacked = Latent(
-        *(np.stack([getattr(latent[name], part)[i // n_seeds] for name, i in places]) for part in ("z_c", "z_e"))
-    )
+
+    def state(name: str, i: int) -> tuple[np.ndarray, np.ndarray]:
+        cell, seed = divmod(i, n_seeds)
+        one = latent[name][seed % len(latent[name])]
+        return one.z_c[cell], one.z_e[cell]
+
+    stacked = Latent(*map(np.stack, zip(*(state(*place) for place in places), strict=True)))
     steps = recipe.sample.steps
     frames: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    text = (
-        "Drawing both niches"
-        if len(names) == 2
-        else f"Drawing the {'unedited' if names[0] == 'base' else 'edited'} niche"
-    )
+    one_niche = {"base": "unedited", "edited": "edited"}.get(names[0], names[0])
+    text = "Drawing the niches" if len(names) > 1 else f"Drawing the {one_niche} niche"
 
     def on_step(i: int, n: int, under_way: Preview) -> bool:
         step = (i - 1) % steps + 1
@@ -186,7 +217,8 @@ def _draw(
         if on_progress is not None:
 
             def preview() -> list[tuple[str, int, np.ndarray]]:
-                return [(*places[row], image) for row, image in zip(under_way.rows, under_way.images(), strict=True)]
+                shown = zip(under_way.rows, under_way.images(), strict=True)
+                return [(*places[row], image) for row, image in shown if places[row][0] in ("base", "edited")]
 
             on_progress(Progress(i / n, text, preview))
         return cancel is not None and cancel.is_set()
@@ -196,12 +228,12 @@ def _draw(
         name: Arm(
             images=images[k :: len(names)],
             nuclei=model.read_nuclei(images[k :: len(names)]),
-            embedding=embedding[name],
-            latent=latent[name],
-            types=model.classify(latent[name]),
+            embedding=embedding[name][0],
+            latent=latent[name][0],
+            types=model.classify(latent[name][0]),
             support=np.full(len(recipe.cell_ids), np.nan)
             if model.support is None
-            else model.support.p(embedding[name]),
+            else model.support.p(embedding[name][0]),
             frames=np.stack(frames[name]),
         )
         for k, name in enumerate(names)
@@ -214,6 +246,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder for report, tables and pictures")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
     parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="the h5ad that the recipe was made with")
+    parser.add_argument("--network", help="the network table of a recipe whose edits spread")
     parser.add_argument("--cache", help="folder in which finished arms are kept and looked up")
 
 
@@ -262,8 +295,9 @@ def main(args: argparse.Namespace) -> None:
     """
     from perturb.report import write_report
 
+    network = read_network(args.network) if args.network else None
     recipe, model, cells = open_recipe(args)
     cache = DiskCache(args.cache) if args.cache else None
-    result = run(recipe, model, cells, cache=cache, on_progress=print_progress())
+    result = run(recipe, model, cells, network=network, cache=cache, on_progress=print_progress())
     for path in write_report(result, args.out):
         print(path)

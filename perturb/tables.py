@@ -1,4 +1,4 @@
-"""Two arms -> tables: readouts per picture, statistics over seeds, states of the cells, what the encoder saw."""
+"""Arms -> tables: readouts per picture, statistics over seeds, states of the cells, what the encoder saw."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from ge2hist_core.support import OUTSIDE
 from ge2hist_core.types import Cells
 from perturb.cache import engine_fingerprint
 from perturb.edits import MIN_REFERENCE, Perturbation
+from perturb.grn import Network
 from perturb.recipe import Recipe
 from perturb.result import Arm, Result
-from perturb.stats import bh_fdr, crossed_effect, crossed_mean
+from perturb.stats import Estimate, bh_fdr, crossed_effect, crossed_mean
 
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
@@ -29,44 +30,63 @@ __all__ = [
     "compare",
     "edit_table",
     "readout_table",
+    "spread_effects",
+    "spread_table",
     "state_table",
     "statistics",
     "technical_warnings",
 ]
 
 LEVEL = 0.95
+CONTRASTS = ("direct - unedited", "network - direct", "control - direct", "network - control")
 UNITS = {"density": "cells/mm²", "fraction": "fraction", "spacing": "µm", "spacing_var": "µm²"}
 """Unit of a readout by the part of its name before the colon."""
 
 
 def compare(
-    recipe: Recipe, model: GE2Hist, cells: Cells, chosen: Cells, edited_cells: Cells, base: Arm, edited: Arm
+    recipe: Recipe,
+    model: GE2Hist,
+    cells: Cells,
+    expression: dict[str, Cells],
+    arms: dict[str, Arm],
+    network: Network | None = None,
 ) -> Result:
-    """The tables of two finished arms. Costs milliseconds, so that it is never read from the cache in a run."""
+    """The tables of finished arms. Costs milliseconds, so that it is never read from the cache in a run.
+
+    Parameters
+    ----------
+    expression: arm -> the recipe's cells as it shows them to the encoder.
+    """
     um_per_px = model.config.um_per_px
-    readouts = readout_table(recipe, {"base": base, "edited": edited}, um_per_px)
+    readouts = readout_table(recipe, arms, um_per_px)
     summary, comparison = statistics(recipe, readouts)
-    states = state_table(recipe, model, base, edited)
-    edits = edit_table(recipe.perturbation, chosen, model, recipe.encoder_seed, cells)
+    states = state_table(recipe, model, arms["base"], arms["edited"])
+    edits = edit_table(recipe.perturbation, expression["base"], model, recipe.encoder_seed, cells)
+    spread = spread_table(recipe, model, expression)
     return Result(
         recipe=recipe,
-        base_arm=base,
-        edited_arm=edited,
+        **{f"{name}_arm": arm for name, arm in arms.items()},
         um_per_px=um_per_px,
         readouts=readouts,
         summary=summary,
         comparison=comparison,
         states=states,
         edits=edits,
-        warnings=tuple(dict.fromkeys(technical_warnings(recipe, model, chosen, states, edits))),
+        spread=spread,
+        spread_effects=spread_effects(recipe, readouts),
+        warnings=tuple(
+            dict.fromkeys(technical_warnings(recipe, model, expression["base"], states, edits, spread, network))
+        ),
         provenance={
             "source": cells.source,
             "scgpt_sha256": model.scgpt.sha256,
             "engine": engine_fingerprint(),
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "numpy", "scipy", "pandas")},
-        },
+        }
+        | ({} if network is None else {"network": {"source": network.source, "edges": len(network)}}),
         model_card=_model_card(model),
+        network=network if recipe.propagation is not None else None,
     )
 
 
@@ -123,7 +143,7 @@ def edit_table(
 
 
 def readout_table(recipe: Recipe, arms: dict[str, Arm], um_per_px: float) -> pd.DataFrame:
-    """``readouts`` of :class:`perturb.result.Result`; ``arms`` by name, ``base`` and ``edited``."""
+    """``readouts`` of :class:`perturb.result.Result`; ``arms`` by name."""
     rows = []
     for name, arm in arms.items():
         height, width = (side * um_per_px for side in arm.images.shape[1:3])
@@ -154,14 +174,64 @@ def statistics(recipe: Recipe, readouts: pd.DataFrame) -> tuple[pd.DataFrame, pd
         for arm, value in values.items():
             found = crossed_mean(value, recipe.encoder_seed, LEVEL)
             summary.append((arm, readout, unit, found.value, found.low, found.high, found.n))
-        defined = np.isfinite(values["base"]) & np.isfinite(values["edited"])
-        base, edited = (np.where(defined, values[arm], np.nan) for arm in ("base", "edited"))
-        found = crossed_effect(base, edited, recipe.encoder_seed, LEVEL)
+        base, edited, found = _paired(values["base"], values["edited"], recipe.encoder_seed)
         means = (_mean(base), _mean(edited))
         comparison.append((readout, unit, *means, found.value, found.low, found.high, found.p, found.n))
     table = pd.DataFrame(comparison, columns=["readout", "unit", "base", "edited", "effect", "low", "high", "p", "n"])
     table.insert(8, "q", bh_fdr(table["p"].to_numpy()))
     return pd.DataFrame(summary, columns=["arm", "readout", "unit", "mean", "low", "high", "n"]), table
+
+
+def spread_effects(recipe: Recipe, readouts: pd.DataFrame) -> pd.DataFrame:
+    """``spread_effects`` of :class:`Result`: q is adjusted within each contrast."""
+    names = {"network": "edited", "unedited": "base"}
+    shape, tables = (len(recipe.cell_ids), len(recipe.seeds)), []
+    columns = ["contrast", "readout", "unit", "effect", "low", "high", "p", "n"]
+    for contrast in CONTRASTS if "direct" in recipe.arms else ():
+        second, first = (names.get(name, name) for name in contrast.split(" - "))
+        rows = []
+        for readout, part in readouts.groupby("readout", sort=False):
+            values = {arm: some["value"].to_numpy().reshape(shape) for arm, some in part.groupby("arm", sort=False)}
+            if ":" in readout and not any(np.nan_to_num(value).any() for value in values.values()):
+                continue
+            found = _paired(values[first], values[second], recipe.encoder_seed)[2]
+            unit = part["unit"].iloc[0]
+            rows.append((contrast, readout, unit, found.value, found.low, found.high, found.p, found.n))
+        table = pd.DataFrame(rows, columns=columns)
+        table.insert(7, "q", bh_fdr(table["p"].to_numpy()))
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*columns[:7], "q", "n"])
+
+
+def _paired(base: np.ndarray, edited: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, Estimate]:
+    """Both arms ``[cell, seed]`` where both are defined, else NaN, and their paired difference."""
+    defined = np.isfinite(base) & np.isfinite(edited)
+    base, edited = (np.where(defined, arm, np.nan) for arm in (base, edited))
+    return base, edited, crossed_effect(base, edited, seed, LEVEL)
+
+
+def spread_table(recipe: Recipe, model: GE2Hist, expression: dict[str, Cells]) -> pd.DataFrame:
+    """``spread`` of :class:`Result`: genes in which the edited arm differs from the direct edit."""
+    columns = ["cell_id", "gene", "count_before", "count_after", "bin_before", "bin_after"]
+    if "direct" not in expression:
+        return pd.DataFrame(columns=columns)
+    direct, edited = expression["direct"], expression["edited"]
+    bins = [model.scgpt.bins(cells, recipe.encoder_seed).toarray() for cells in (direct, edited)]
+    counts = [cells.counts.toarray() for cells in (direct, edited)]
+    cell, gene = np.nonzero(counts[0] != counts[1])
+    table = pd.DataFrame(
+        {
+            "cell_id": direct.cell_id[cell],
+            "gene": direct.genes[gene],
+            "count_before": counts[0][cell, gene].astype(np.float64),
+            "count_after": counts[1][cell, gene].astype(np.float64),
+            "bin_before": bins[0][cell, gene].astype(int),
+            "bin_after": bins[1][cell, gene].astype(int),
+        },
+        columns=columns,
+    )
+    moved = (table["bin_after"] - table["bin_before"]).abs().to_numpy()
+    return table.iloc[np.argsort(-moved, kind="stable")].reset_index(drop=True)
 
 
 def _mean(values: np.ndarray) -> float:
@@ -195,7 +265,13 @@ def state_table(recipe: Recipe, model: GE2Hist, base: Arm, edited: Arm) -> pd.Da
 
 
 def technical_warnings(
-    recipe: Recipe, model: GE2Hist, chosen: Cells, states: pd.DataFrame, edits: pd.DataFrame
+    recipe: Recipe,
+    model: GE2Hist,
+    chosen: Cells,
+    states: pd.DataFrame,
+    edits: pd.DataFrame,
+    spread: pd.DataFrame,
+    network: Network | None,
 ) -> Iterator[str]:
     """What makes this run doubtful for reasons of technique, one sentence each."""
     match = model.scgpt.match(chosen.genes)
@@ -223,6 +299,14 @@ def technical_warnings(
                 f"{where} goes from {row.count_before:g} to {row.count_after:g} counts but stays in the encoder's bin "
                 f"{row.bin_before} of 50: the edit is on a plateau."
             )
+    if recipe.propagation is not None and recipe.perturbation and network is not None:
+        if not len(spread):
+            yield (
+                f"The network {network.name} moves no gene of these cells: it has no edge from the edited genes, "
+                "or the range that the cells show is reached already."
+            )
+        elif (spread["bin_before"] == spread["bin_after"]).all():
+            yield f"The network {network.name} moves {spread['gene'].nunique()} genes, but none into another bin."
     several = len(recipe.cell_ids) > 1
     n, unit = (len(recipe.cell_ids), "cell") if several else (len(recipe.seeds), "seed")
     if recipe.perturbation and n < 6:

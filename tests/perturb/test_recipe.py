@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,10 +11,12 @@ from hypothesis import strategies as st
 from ge2hist_core.config import SampleConfig
 from ge2hist_core.types import BadInput
 from perturb.edits import Perturbation
+from perturb.grn import Network, Propagation
 from perturb.recipe import DEFAULT_SEEDS, MAX_PICTURES, SCHEMA, Recipe
 
 DATA, MODEL = "d" * 64, "e" * 64
 PLAIN = Recipe(DATA, MODEL, ("cell-1",))
+NETWORK = Network(np.array(["CD8A"]), np.array(["VEGFA"]), np.array([0.5]), "one edge, no more")
 
 recipes = st.builds(
     Recipe,
@@ -31,6 +34,14 @@ recipes = st.builds(
     ),
     st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=20, unique=True).map(tuple) | st.just(DEFAULT_SEEDS),
     st.integers(0, 2**63 - 1),
+    st.none()
+    | st.builds(
+        Propagation,
+        st.just(NETWORK.sha256),
+        st.just(NETWORK.name),
+        st.integers(0, 10),
+        st.sampled_from([(0.0, 0.99), (0, 1), (0.05, 0.95)]),
+    ),
     st.none() | st.sampled_from(["raw.X", "counts"]),
     st.none() | st.just("feature_name"),
 )
@@ -40,7 +51,9 @@ recipes = st.builds(
 def test_json_and_url_read_back_to_the_same_recipe(recipe: Recipe) -> None:
     assert Recipe.from_json(recipe.to_json()) == recipe
     assert Recipe.from_json(json.dumps(recipe.to_dict(), indent=3)).hash == recipe.hash
-    assert Recipe.from_query(recipe.to_query(), DATA, MODEL) == recipe
+    assert Recipe.from_query(recipe.to_query(), DATA, MODEL, lambda digits: {NETWORK.sha256[:12]: NETWORK}[digits]) == (
+        recipe
+    )
 
 
 def test_defaults_stay_out_of_the_url() -> None:
@@ -68,6 +81,9 @@ def test_hash_is_that_of_the_canonical_text_and_sees_every_field() -> None:
         replace(PLAIN, sample=SampleConfig(solver="ddim")),
         replace(PLAIN, seeds=(0,)),
         replace(PLAIN, encoder_seed=1),
+        replace(PLAIN, propagation=Propagation(NETWORK.sha256, NETWORK.name)),
+        replace(PLAIN, propagation=Propagation(NETWORK.sha256, NETWORK.name, 2)),
+        replace(PLAIN, propagation=Propagation(NETWORK.sha256, NETWORK.name, control=True)),
         replace(PLAIN, matrix="raw.X"),
         replace(PLAIN, gene_column="index"),
     ]

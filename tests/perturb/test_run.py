@@ -14,9 +14,10 @@ from ge2hist_core.sampler import Stopped
 from ge2hist_core.types import BadInput, Cells
 from perturb.cache import DiskCache
 from perturb.edits import Perturbation
+from perturb.grn import Network, Propagation, observed_range, propagate, randomised
 from perturb.recipe import Recipe
 from perturb.result import Result, load_result
-from perturb.run import Progress, replay, run
+from perturb.run import Progress, edited_cells, replay, run
 from perturb.tables import edit_table
 
 QUICK = SampleConfig(steps=3)
@@ -247,3 +248,95 @@ def test_what_does_not_fit_together_is_refused(
 ) -> None:
     with pytest.raises(BadInput, match=message):
         run(replace(make(tiny_bundle, ""), **change), tiny_bundle, demo_cells)
+
+
+# ---- Edits that spread through a network ---------------------------------------------------------------------------
+
+NET = Network(np.array(["GAPDH", "GAPDH"]), np.array(["KRT8", "CD68"]), np.array([0.8, -0.6]), "two edges")
+
+
+def spreading(model: GE2Hist, cells: tuple[str, ...] = ("cell-3",)) -> Recipe:
+    recipe = make(model, "GAPDH:x4", seeds=(4, 5), cells=cells)
+    return replace(recipe, propagation=Propagation(NET.sha256, NET.name, 1, (0, 1)))
+
+
+@pytest.fixture(scope="module")
+def spread(tiny_bundle: GE2Hist, demo_cells: Cells) -> Result:
+    return run(spreading(tiny_bundle, ("cell-3", "cell-9")), tiny_bundle, demo_cells, network=NET)
+
+
+def test_spreading_draws_the_direct_edit_and_random_wiring_beside_it(
+    spread: Result, tiny_bundle: GE2Hist, demo_cells: Cells
+) -> None:
+    assert list(spread.arms) == ["base", "edited", "direct", "control"]
+    direct = run(replace(spread.recipe, propagation=None), tiny_bundle, demo_cells)
+    np.testing.assert_array_equal(spread.arms["direct"].images, direct.edited_arm.images)
+    np.testing.assert_array_equal(spread.base_arm.images, direct.base_arm.images)
+    assert list(direct.arms) == ["base", "edited"] and direct.spread.empty and direct.spread_effects.empty
+
+
+def test_the_edited_arm_is_drawn_from_propagated_counts(
+    spread: Result, tiny_bundle: GE2Hist, demo_cells: Cells
+) -> None:
+    chosen = demo_cells.take([3, 9])
+    direct = spread.recipe.perturbation.apply(chosen, demo_cells)
+    counts = propagate(
+        NET, chosen.genes, chosen.counts, direct.counts, *observed_range(demo_cells, (0, 1)), steps=1, edited=["GAPDH"]
+    ).counts
+    latent = tiny_bundle.encode(tiny_bundle.embed(direct.with_counts(counts), 0))
+    np.testing.assert_allclose(spread.edited_arm.latent.z_e, latent.z_e, atol=1e-6)
+    moved = spread.spread.set_index(["cell_id", "gene"])
+    for c, name in enumerate(("cell-3", "cell-9")):
+        for g in np.flatnonzero(counts[c].toarray()[0] != direct.counts[c].toarray()[0]):
+            assert moved.loc[(name, chosen.genes[g]), "count_after"] == pytest.approx(counts[c, g])
+    assert set(spread.spread["gene"]) <= {"KRT8", "CD68"} and len(spread.spread)
+
+
+def test_each_seed_of_the_control_has_its_own_wiring(spread: Result, demo_cells: Cells) -> None:
+    chosen = demo_cells.take([3, 9])
+    control = spread.recipe.arms["control"]
+    some = edited_cells(control, chosen, demo_cells, NET)
+    assert len(some) == 2
+    for seed, cells in zip(control.seeds, some, strict=True):
+        alone = replace(spread.recipe, propagation=replace(spread.recipe.propagation, network_sha256="0" * 64))
+        other = edited_cells(alone, chosen, demo_cells, randomised(NET, seed))[0]
+        assert (cells.counts != other.counts).nnz == 0
+
+
+def test_contrasts_are_paired_differences_of_arms(spread: Result) -> None:
+    wide = spread.readouts.pivot(index=["readout", "cell_id", "seed"], columns="arm", values="value").loc["density"]
+    effects = spread.spread_effects.set_index(["contrast", "readout"])["effect"]
+    for contrast, a, b in (
+        ("direct - unedited", "direct", "base"),
+        ("network - direct", "edited", "direct"),
+        ("control - direct", "control", "direct"),
+        ("network - control", "edited", "control"),
+    ):
+        assert effects[(contrast, "density")] == pytest.approx((wide[a] - wide[b]).mean())
+
+
+def test_a_result_that_spread_comes_back_from_the_cache(
+    tmp_path, tiny_bundle: GE2Hist, demo_cells: Cells, spread: Result
+) -> None:
+    cache = DiskCache(tmp_path)
+    run(spread.recipe, tiny_bundle, demo_cells, network=NET, cache=cache)
+    found = load_result(spread.recipe.hash, cache)
+    assert found is not None and found.network.sha256 == NET.sha256
+    same(found, spread)
+    for name in ("direct", "control"):
+        np.testing.assert_array_equal(found.arms[name].images, spread.arms[name].images)
+    pd.testing.assert_frame_equal(found.spread, spread.spread)
+    pd.testing.assert_frame_equal(found.spread_effects, spread.spread_effects)
+
+
+def test_another_network_or_none_is_refused(tiny_bundle: GE2Hist, demo_cells: Cells) -> None:
+    for network in (None, replace(NET, weights=NET.weights * 2)):
+        with pytest.raises(BadInput, match="spreads edits through the network 'two edges'.*open that network"):
+            run(spreading(tiny_bundle), tiny_bundle, demo_cells, network=network)
+
+
+def test_a_network_without_edges_from_the_edit_says_so(tiny_bundle: GE2Hist, demo_cells: Cells) -> None:
+    recipe = replace(spreading(tiny_bundle), perturbation=Perturbation.parse("CD8A:set=9"))
+    found = run(recipe, tiny_bundle, demo_cells, network=NET)
+    assert any("moves no gene of these cells" in warning for warning in found.warnings)
+    np.testing.assert_array_equal(found.edited_arm.images, found.arms["direct"].images)

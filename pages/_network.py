@@ -1,0 +1,181 @@
+"""Below the genes of the Explore page: let the edits spread to other genes through a network."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from pages import _ui
+from pages._experiment import Experiment
+
+if TYPE_CHECKING:
+    from ge2hist_core.data import H5adSource
+    from perturb.grn import Network
+    from perturb.result import Result
+
+OFF = ""
+
+
+def network_panel(experiment: Experiment, source: H5adSource) -> None:
+    """Choice of the network and the number of steps; off at first."""
+    now = experiment.recipe.propagation
+    known = _known(now.network_sha256 if now else None)
+    with st.expander("Let edits spread through a network", expanded=now is not None, icon=":material/hub:"):
+        st.session_state["network"] = OFF if now is None else now.network_sha256
+        st.selectbox(
+            "Network",
+            [OFF, *known],
+            key="network",
+            format_func=lambda sha: _label(known[sha]) if sha else "Off: an edit moves its own genes alone",
+            on_change=_ui.safely(_choose),
+            args=(experiment,),
+        )
+        if now is not None:
+            st.session_state["network steps"] = now.steps
+            st.slider(
+                "Edges in a row, at most",
+                1,
+                10,
+                key="network steps",
+                on_change=_ui.safely(_choose),
+                args=(experiment,),
+                help="Each step passes the changes on by one edge. No gene leaves the range that cells of its type "
+                "show.",
+            )
+            network = known[now.network_sha256]
+            edges = sum(gene in set(experiment.recipe.perturbation.genes) for gene in network.regulators)
+            st.caption(
+                f"{edges:,} of {len(network):,} edges start at an edited gene. The same edit is also drawn directly "
+                "and through networks of random wiring: only what exceeds those comes from who regulates whom."
+            )
+        _more(experiment, source)
+
+
+def _more(experiment: Experiment, source: H5adSource) -> None:
+    edited = [gene for gene in experiment.recipe.perturbation.genes if gene in set(source.genes)]
+    genes = st.multiselect(
+        "Fit a network to these cells: regulators",
+        list(dict.fromkeys(source.genes)),
+        default=edited,
+        key=f"regulators of {hash(tuple(edited))}",
+        help="Ridge regression of every other gene on these, within cell types and donors. It shows who varies "
+        "together; that an edge is causal, it cannot show.",
+    )
+    if st.button("Fit", key="fit network", icon=":material/functions:", disabled=not genes):
+        with _ui.guard(), st.spinner("Fitting the network"):
+            from perturb.networks import fitted
+
+            network = fitted(source, genes, name=f"fitted to {source.path.name}"[:60])
+            if not len(network):
+                st.info("No edge is clear enough in these cells: none is kept.")
+            else:
+                _keep(network)
+                _become(experiment, network.sha256)
+                st.rerun()
+    turn = st.session_state.setdefault("network turn", 0)
+    uploaded = st.file_uploader(
+        "Or upload a signed network (source, target, weight)",
+        type=["csv", "tsv", "txt", "gz", "parquet"],
+        key=f"network file {turn}",
+        max_upload_size=100,
+        help="CollecTRI or DoRothEA as decoupler gives them. Text may be gzipped.",
+    )
+    if uploaded is not None:
+        with _ui.guard():
+            network = _read(uploaded)
+            _keep(network)
+            _become(experiment, network.sha256)
+            st.session_state["network turn"] = turn + 1
+            st.rerun()
+
+
+def _known(current: str | None) -> dict[str, Network]:
+    """Networks of this tab by SHA-256: the known truth, what was fitted or uploaded here, and the recipe's."""
+    from perturb.networks import known_truth
+
+    shas = [known_truth().sha256, *st.session_state.get("networks", [])]
+    if current is not None and current not in shas:
+        shas.append(current)
+    return {sha: _ui.get_network(sha) for sha in shas}
+
+
+def _label(network: Network) -> str:
+    return f"{network.name} ({len(network):,} edges)"
+
+
+def _keep(network: Network) -> None:
+    from ge2hist_core.types import BadInput
+    from perturb.networks import keep_network
+
+    if not network.signed:
+        raise BadInput(f"The network {network.name!r} has edges without sign: fit it to cells on the command line.")
+    keep_network(network, _ui.networks_folder())
+    mine = st.session_state.setdefault("networks", [])
+    if network.sha256 not in mine:
+        mine.append(network.sha256)
+
+
+def _read(uploaded: Any) -> Network:
+    from ge2hist_core.files import atomic_path
+    from perturb.grn import read_network
+
+    content = uploaded.getvalue()
+    name = re.sub(r"[^\w.-]+", "_", Path(uploaded.name).name).strip("._")[-80:] or "network"
+    path = _ui.home() / "uploads" / f"network-{hashlib.sha256(content).hexdigest()}" / name
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+    try:
+        return read_network(path)
+    finally:
+        _ui.drop_upload(path)
+
+
+def _choose(experiment: Experiment) -> None:
+    _become(experiment, st.session_state["network"])
+
+
+def _become(experiment: Experiment, sha256: str) -> None:
+    from perturb.grn import DEFAULT_STEPS, Propagation
+
+    now = None
+    if sha256:
+        steps = int(st.session_state.get("network steps", DEFAULT_STEPS))
+        now = Propagation(sha256, _ui.get_network(sha256).name, steps)
+    experiment.recipe = replace(experiment.recipe, propagation=now)
+
+
+def spread_section(result: Result) -> None:
+    """What spreading did: effects of the direct edit, the network and random wiring, and the genes it moved."""
+    from perturb import charts
+
+    table = result.spread_effects
+    readouts = list(dict.fromkeys(table["readout"]))
+    readout = st.selectbox("Readout", readouts, key="spread readout", width=280)
+    st.plotly_chart(
+        charts.spread(table, readout, _ui.theme()), theme=None, key="spread chart", config=charts.CHART_CONFIG
+    )
+    st.caption(
+        "Networks of random wiring keep how many genes each regulator moves and how strongly, and draw anew which; "
+        "another one for each seed. An effect of the network is due to its edges only where it exceeds theirs."
+    )
+    moved = result.spread
+    st.markdown(f"**{moved['gene'].nunique()} genes moved by the network**")
+    st.dataframe(
+        moved,
+        hide_index=True,
+        height=240,
+        column_config={
+            "cell_id": "Cell",
+            "gene": "Gene",
+            "count_before": st.column_config.NumberColumn("Counts, direct edit", format="%.3g"),
+            "count_after": st.column_config.NumberColumn("Counts, network", format="%.3g"),
+            "bin_before": "Bin, direct",
+            "bin_after": "Bin, network",
+        },
+    )
+    st.download_button("Genes (CSV)", _ui.csv(moved), "spread.csv", "text/csv", key="download spread")
