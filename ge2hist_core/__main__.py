@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("ge2hist_core.training", "train a GE2Hist bundle on a store"),
     "train-reader": ("ge2hist_core.nuclei_training", "train the nuclei reader of a bundle on a store"),
     "demo-cells": ("ge2hist_core.demo_cells", "write example cells of donors that a bundle has not seen"),
+    "real-tiles": ("ge2hist_core.real_tiles", "keep some training tiles in a bundle, to stand beside generated ones"),
     "card": ("ge2hist_core.model_card", "write a bundle's model card from its figures"),
     "evaluate": ("ge2hist_core.evaluation", "compare a bundle's pictures with real tiles of the same cells"),
 }

@@ -82,7 +82,7 @@ class PretrainConfig:
     clip_norm: float = 1.0
     ema: float = 0.95
     components: int = 16
-    gepc_weight: float = 0.2
+    gepc_weight: float = 1.0
     precision: str = "fp32"
     checkpoint_every: int = 100
     seed: int = 0

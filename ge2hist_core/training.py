@@ -15,9 +15,10 @@ Every draw comes from a stream named by stage and step and the state of a stage 
 killed at any moment and resumed ends in the weights of an uninterrupted one (same machine, same number of threads and
 processes).
 
-``--start-from BUNDLE`` goes on from a finished bundle: to train it longer, or on other tissue with the same encoder.
-Its autoencoder stays as it is, its VAEs and U-Net are where the main stage begins. With ``--freeze-encoder`` its VAEs
-stay as well, and the U-Net learns (8) on a condition that no longer moves.
+``--start-from BUNDLE`` goes on from a finished bundle: to train it longer, on other tissue, or with another encoder.
+Its autoencoder stays as it is, its VAEs and U-Net are where the main stage begins; with another encoder the VAEs are
+trained anew before that. With ``--freeze-encoder`` the VAEs stay as they are when the main stage begins, and the U-Net
+learns (8) on a condition that no longer moves.
 
 Choices
 - Types are seen in proportion to the square root of their frequency: one that is 100 times rarer is seen 10 times less.
@@ -325,7 +326,7 @@ class Trainer:
     store: the tissue; donors are split by ``store.split()`` and only training donors are learned from.
     scgpt_folder: cell encoder. out: the bundle to be. model, config: sizes and training.
     accelerator: device, precision and processes; by default what ``accelerate`` finds.
-    start: a trained bundle of these sizes and this encoder to go on from, or None to begin from random weights.
+    start: a trained bundle of these sizes to go on from, or None to begin from random weights.
 
     Raises
     ------
@@ -373,15 +374,18 @@ class Trainer:
         self.embedding_identity = f"{self.picture_identity} {self.model.scgpt.sha256}"
         self.identity = self._identity(model, self.model.scgpt.sha256)
 
+    @property
+    def keeps_states(self) -> bool:
+        """Whether the VAEs come from the bundle that the run starts from: they speak of its encoder's embeddings."""
+        return self.start is not None and self.start.scgpt.sha256 == self.model.scgpt.sha256
+
     def _take_over(self, start: GE2Hist) -> None:
         """Weights of a trained bundle in place of the random ones."""
-        if start.scgpt.sha256 != self.model.scgpt.sha256:
-            raise BadInput(f"{start.folder} was trained with another encoder: give --scgpt {start.folder}/scgpt.")
         changed = [k for k, v in to_json(start.config).items() if to_json(self.model.config)[k] != v]
         if changed:
             raise BadInput(f"{start.folder} has another {changed[0]} than this run: use its preset and kind of store.")
         self._refuse_leaks(start)
-        for part in ("encoder", "autoencoder", "denoiser"):
+        for part in ("autoencoder", "denoiser", *(["encoder"] if self.keeps_states else [])):
             getattr(self.model, part).load_state_dict(getattr(start, part).state_dict())
 
     def _refuse_leaks(self, model: GE2Hist) -> None:
@@ -444,7 +448,7 @@ class Trainer:
         yield from self._embed()
         self._drop_empty_cells()
 
-        if self.start is None:
+        if not self.keeps_states:
             model.encoder.fit_standardisation(torch.from_numpy(self.embedding[self.rows["train"]]))
             objective = VAEObjective(model.encoder, config)
             yield from self._fit(objective, "vae", self._vae_batch, config.vae_steps)
@@ -679,7 +683,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixed-precision", choices=("no", "bf16"))
     parser.add_argument("--seed", type=int)
     parser.add_argument("--start-from", type=Path, metavar="BUNDLE", help="a finished bundle to train on from")
-    parser.add_argument("--freeze-encoder", action="store_true", help="with --start-from: train the U-Net alone")
+    parser.add_argument("--freeze-encoder", action="store_true", help="train the U-Net alone in the main stage")
     parser.add_argument("--resume", action="store_true", help="go on with the work in BUNDLE")
 
 
@@ -694,8 +698,6 @@ def main(args: argparse.Namespace) -> None:
         raise BadInput(f"--steps is {args.steps}: give at least 1.")
     if (args.out / ".work").exists() and not args.resume:
         raise BadInput(f"{args.out} holds the work of another run: go on with --resume, or choose another --out.")
-    if args.freeze_encoder and args.start_from is None:
-        raise BadInput("--freeze-encoder needs trained VAEs: give --start-from a finished bundle.")
     preset = PRESETS[args.preset]
     given = {name: getattr(args, name) for name in ("steps", "mixed_precision", "seed")}
     config = replace(preset.train, **{name: value for name, value in given.items() if value is not None})

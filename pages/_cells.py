@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
     from perturb.profile import Profile
 
+SELECTED = 32
+"""Cells of a selection on the map that are taken, at most."""
 MAP_POINTS = 20_000
 """Cells on a map, at most."""
 LISTED_CELLS = 2_000
@@ -120,7 +122,7 @@ def cell_panel(experiment: Experiment, source: H5adSource, profile: Profile | No
                 help=f"{name} cell of this type",
                 key=f"step {step}",
                 on_click=_ui.safely(_choose),
-                args=(experiment, source, ids[(place + step) % len(ids)]),
+                args=(experiment, source, (ids[(place + step) % len(ids)],)),
             )
         if (source.xy is not None or source.umap is not None) and st.button("Map", icon=":material/scatter_plot:"):
             _map(experiment, source)
@@ -128,23 +130,23 @@ def cell_panel(experiment: Experiment, source: H5adSource, profile: Profile | No
         _card(profile)
 
 
-def _choose(experiment: Experiment, source: H5adSource, cell_id: str) -> None:
-    recipe = replace(experiment.recipe, cell_ids=(cell_id,))
+def _choose(experiment: Experiment, source: H5adSource, cell_ids: tuple[str, ...]) -> None:
+    recipe = replace(experiment.recipe, cell_ids=cell_ids)
     _ui.check_recipe(recipe, source)
     experiment.recipe = recipe
 
 
 def _choose_type(experiment: Experiment, source: H5adSource) -> None:
     fits = (source.cell_type == st.session_state["type"]) & ~source.empty
-    _choose(experiment, source, str(source.cell_id[int(fits.argmax())]))
+    _choose(experiment, source, (str(source.cell_id[int(fits.argmax())]),))
 
 
 def _choose_listed(experiment: Experiment, source: H5adSource) -> None:
-    _choose(experiment, source, st.session_state["cell"])
+    _choose(experiment, source, (st.session_state["cell"],))
 
 
 def _choose_typed(experiment: Experiment, source: H5adSource) -> None:
-    _choose(experiment, source, st.session_state["cell text"].strip())
+    _choose(experiment, source, (st.session_state["cell text"].strip(),))
 
 
 @st.dialog("Choose a cell on the map", width="large")
@@ -158,17 +160,36 @@ def _map(experiment: Experiment, source: H5adSource) -> None:
             figure,
             theme=None,
             on_select="rerun",
-            selection_mode="points",
+            selection_mode=("points", "lasso", "box"),
             key=f"map {name}",
             config={"displaylogo": False, "scrollZoom": True},
         )
         if len(source) > MAP_POINTS:
             st.caption(f"{MAP_POINTS:,} of {len(source):,} cells are shown; every cell can be found by its id.")
-        st.caption("Click a point to choose that cell. Scroll to zoom, drag to move.")
-        points = event["selection"]["points"]
-        if points:
-            _choose(experiment, source, str(points[0]["customdata"]))
+        st.caption(
+            "Click a point to choose that cell, or take the lasso or box above the map to choose many: the edit is "
+            "then made in each of them. Scroll to zoom, drag to move."
+        )
+        ids = list(dict.fromkeys(str(point["customdata"]) for point in event["selection"]["points"]))
+        if len(ids) == 1:
+            _choose(experiment, source, tuple(ids))
             st.rerun()
+        if ids:
+            some = _some(ids)
+            drawn = f", drawn at random from the {len(ids):,} selected" * (len(some) < len(ids))
+            if st.button(f"Edit {len(some)} cells{drawn}", type="primary", key="take selection"):
+                _choose(experiment, source, some)
+                st.rerun()
+
+
+def _some(ids: list[str]) -> tuple[str, ...]:
+    """At most ``SELECTED`` of the cells, the same ones every time."""
+    from ge2hist_core import rng
+
+    if len(ids) <= SELECTED:
+        return tuple(ids)
+    order = rng.stream(0, "selected cells").permutation(len(ids))[:SELECTED]
+    return tuple(ids[i] for i in sorted(order))
 
 
 def _map_figure(source: H5adSource, plane: Any, name: str, current: str) -> Any:

@@ -78,14 +78,8 @@ def _charts(result: Result, model: GE2Hist) -> None:
         st.caption("One seed: no intervals. Compare over several seeds to see how far the noise alone moves these.")
     show = {"theme": None, "config": {"displaylogo": False}}
     st.plotly_chart(charts.density(result.summary, theme), key="density", **show)
-    left, right = st.columns(2)
-    for column, name, figure in (
-        (left, "composition", charts.composition(result.summary, theme)),
-        (right, "spacing", charts.spacing(result.readouts, result.summary, theme)),
-    ):
-        # In half the width title and legend would meet: the legend goes below.
-        figure.update_layout(title_font_size=15, legend={"x": 0.5, "xanchor": "center", "y": -0.25, "yanchor": "top"})
-        column.plotly_chart(figure, key=name, **show)
+    st.plotly_chart(charts.composition(result.summary, theme), key="composition", **show)
+    st.plotly_chart(charts.spacing(result.readouts, result.summary, theme), key="spacing", **show)
 
 
 def _all_seeds(result: Result, model: GE2Hist) -> None:

@@ -50,6 +50,12 @@ def signature_panel(experiment: Experiment, genes: Sequence[str]) -> None:
                 on_click=_ui.safely(_set_dose),
                 args=(experiment, known[chosen], genes, 1.0),
             )
+            st.button(
+                "Knock all its genes out",
+                key="knock out set",
+                on_click=_ui.safely(_knock_out),
+                args=(experiment, known[chosen], genes),
+            )
         uploaded = st.file_uploader(
             "Or upload GMT, CSV, TSV, GCT, GCTX or h5ad",
             key=f"signatures {st.session_state.setdefault('signature turn', 0)}",
@@ -75,6 +81,9 @@ def _card(experiment: Experiment, part: EditSet, genes: Sequence[str]) -> None:
             on_click=experiment.edit,
             args=(with_set(experiment.recipe.perturbation, part.name, None),),
         )
+    if all(edit.kind == "ko" for edit in part.edits):
+        st.caption(f"All of its {len(part.edits)} genes in these data are knocked out.")
+        return
     signature = known_signatures().get(part.name)
     if signature is None or part.dose is None:
         st.caption(f"{len(part.edits)} genes, from a link or recipe. Upload its file again to change the dose.")
@@ -116,6 +125,15 @@ def _set_dose(experiment: Experiment, signature: Signature, genes: Sequence[str]
     # A dose of 0 changes nothing, but the card with its slider has to stay.
     edits = edits or tuple(Edit(gene, "factor", 1.0) for gene in expand(signature, genes, 1.0).matched[:1])
     part = EditSet(signature.name, edits, dose)
+    experiment.edit(with_set(experiment.recipe.perturbation, signature.name, part))
+    st.session_state["signature"] = None
+
+
+def _knock_out(experiment: Experiment, signature: Signature, genes: Sequence[str]) -> None:
+    from perturb.signatures import expand
+
+    matched = expand(signature, genes, 1.0).matched
+    part = EditSet(signature.name, tuple(Edit(gene, "ko") for gene in matched))
     experiment.edit(with_set(experiment.recipe.perturbation, signature.name, part))
     st.session_state["signature"] = None
 

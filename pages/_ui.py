@@ -25,6 +25,7 @@ from pages._experiment import Experiment
 if TYPE_CHECKING:
     from ge2hist_core.data import H5adSource
     from ge2hist_core.model import GE2Hist
+    from ge2hist_core.real_tiles import RealTiles
     from ge2hist_core.types import Cells
     from perturb.cache import DiskCache
     from perturb.grn import Network
@@ -331,13 +332,25 @@ def enlarged(image: Any) -> Any:
     return pictures.show(Niche(image, 1.0, generated=True), max(1, 512 // len(image)))
 
 
-def picture_png(image: Any) -> bytes:
-    """One generated picture of some 256 px as PNG, marked in its pixels and its metadata."""
+def picture_png(image: Any, generated: bool = True) -> bytes:
+    """One picture of some 256 px as PNG; a generated one is marked in its pixels and its metadata."""
     from ge2hist_core.types import Niche
     from perturb import pictures
 
-    shown = pictures.show(Niche(image, 1.0, generated=True), max(1, 256 // len(image)))
-    return pictures.png_bytes(shown, {"generated": "true"})
+    shown = pictures.show(Niche(image, 1.0, generated=generated), max(1, 256 // len(image)))
+    return pictures.png_bytes(shown, {"generated": str(generated).lower()})
+
+
+def get_real_tiles(model: GE2Hist) -> RealTiles | None:
+    """Real tiles kept in the bundle, or None."""
+    return _real_tiles(model.sha256, model)
+
+
+@st.cache_resource(max_entries=1, show_spinner=False)
+def _real_tiles(model_sha256: str, _model: GE2Hist) -> RealTiles | None:
+    from ge2hist_core.real_tiles import load
+
+    return load(_model)
 
 
 @st.cache_data(max_entries=4, show_spinner=False)

@@ -137,6 +137,13 @@ def _show(gallery: Gallery, model: GE2Hist, images: Any) -> None:
     from ge2hist_core.gallery import readouts
 
     width = len(gallery.columns)
+    real = _ui.get_real_tiles(model)
+    beside = real is not None and st.toggle(
+        "Nearest real tile beneath each picture",
+        key="gallery real",
+        help="Of those that the bundle keeps of its training tissue, the one whose cell the model reads most alike.",
+    )
+    nearest = real.nearest(gallery.latent) if real is not None and beside else None
     for start in range(0, len(images), width):
         row = gallery.titles[start][0]
         if not gallery.paired:
@@ -144,12 +151,22 @@ def _show(gallery: Gallery, model: GE2Hist, images: Any) -> None:
                 f"<div class='card-title'><span class='dot' style='background:{colour_of(row)}'></span>"
                 f"{_ui.escape(row)}</div>"
             )
-        for column, image, (_, title) in zip(
-            st.columns(width), images[start : start + width], gallery.titles[start : start + width], strict=True
-        ):
-            column.image(_ui.picture_png(image), width="stretch", alt=f"Generated H&E niche: {row}, {title}")
+        for i, column in enumerate(st.columns(width), start):
+            title = gallery.titles[i][1]
+            column.image(_ui.picture_png(images[i]), width="stretch", alt=f"Generated H&E niche: {row}, {title}")
             column.caption(_ui.plain(title))
+            if real is not None and nearest is not None:
+                tile, distance = int(nearest[0][i]), nearest[1][i]
+                kind = real.cell_type[tile]
+                png = _ui.picture_png(real.images[tile], generated=False)
+                column.image(png, width="stretch", alt=f"Real tile around a cell of type {kind}")
+                column.caption(f"real: {_ui.plain(kind)}, distance {distance:.2f}")
     table = readouts(gallery, model, images)
+    if nearest is not None:
+        st.caption(
+            "Distance: root mean square over z_c and z_e in standard deviations of the real tiles; about 1.4 lies "
+            "between two unrelated cells."
+        )
     st.dataframe(table, hide_index=True)
     st.caption(
         "One picture each, nuclei read from it: density in cells/mm², spacing in µm, shares as fractions. A single "

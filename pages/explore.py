@@ -13,6 +13,24 @@ from pages._niche import niche_panel
 from pages._results import results
 from pages._signatures import signature_panel
 
+TOUR = """
+1. **Choose a cell** on the left: its gene expression alone decides what is drawn.
+2. **Edit genes** beside it, or add a drug signature: the niche is drawn anew from the same noise, so that what differs
+   comes from the edit.
+3. **Compare over seeds** to see how large the difference is against the noise, and take the report home.
+"""
+
+
+def tour() -> None:
+    """Three sentences for who comes without a link, until they are put away."""
+    if st.session_state.get("toured") or ("toured" not in st.session_state and st.query_params.get("cell")):
+        st.session_state["toured"] = True
+        return
+    st.session_state["toured"] = False
+    with st.container(border=True, key="tour", gap="small"):
+        st.markdown(TOUR)
+        st.button("Got it", key="end tour", on_click=lambda: st.session_state.update(toured=True))
+
 
 def page() -> None:
     model = _ui.get_model()
@@ -27,6 +45,7 @@ def page() -> None:
         return
     experiment, source = opened
     _ui.show_message()
+    tour()
     with st.sidebar:
         data_panel(experiment, source, model)
         try:
@@ -42,9 +61,9 @@ def page() -> None:
         network_panel(experiment, source)
     with niche:
         shown = niche_panel(experiment, source, model, profile)
-    if shown is not None:
-        with _ui.guard():
-            results(shown, model)
+        if shown is not None:
+            with _ui.guard():
+                results(shown, model)
     _ui.write_address(experiment)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import replace
 from itertools import islice
@@ -158,6 +159,23 @@ def test_a_frozen_encoder_stays_to_the_last_bit_while_the_unet_learns(
     assert all(record.terms["loss"] == record.terms["cdm"] for record in records)
     before, after = weights(finished.out), weights(tmp_path / "b")
     assert before["vae"] == after["vae"] and before["unet/condition"] != after["unet/condition"]
+
+
+def test_another_encoder_gets_vaes_of_its_own_and_keeps_the_pictures_of_the_start(
+    finished: Trainer, store: TissueStore, scgpt_folder: Path, tmp_path: Path
+):
+    other = tmp_path / "scgpt"
+    shutil.copytree(scgpt_folder, other)
+    state = torch.load(other / "best_model.pt", weights_only=True)
+    torch.save({name: value * 1.01 for name, value in state.items()}, other / "best_model.pt")
+    start, config = GE2Hist.load(finished.out), replace(TRAIN, steps=1, freeze_encoder=True, learning_rate=1e-12)
+    trainer = Trainer(store, other, tmp_path / "b", MODEL, config, start=start)
+    stages = {record.stage for record in trainer.run()}
+    assert "vae" in stages and "autoencoder" not in stages
+    for part, kept in (("autoencoder", True), ("denoiser", True), ("encoder", False)):
+        ours, theirs = (getattr(model, part).state_dict() for model in (trainer.model, start))
+        same = all(torch.allclose(value, theirs[name], rtol=0, atol=1e-3) for name, value in ours.items())
+        assert same == kept, part
 
 
 def test_a_finished_run_resumed_still_knows_its_steps(finished: Trainer, store: TissueStore, scgpt_folder: Path):
