@@ -20,6 +20,8 @@ COMMANDS = {
     "encode": ("ge2hist_core.encoding", "write state, type and support of an h5ad's cells, as a bundle reads them"),
     "train": ("ge2hist_core.training", "train a GE2Hist bundle on a store"),
     "train-reader": ("ge2hist_core.nuclei_training", "train the nuclei reader of a bundle on a store"),
+    "train-rival": ("ge2hist_core.rivals.command", "train one of the paper's competitors on a store"),
+    "gates": ("ge2hist_core.gates", "fit the gates that say whether a cell is inside a bundle's data"),
     "demo-cells": ("ge2hist_core.demo_cells", "write example cells of donors that a bundle has not seen"),
     "real-tiles": ("ge2hist_core.real_tiles", "keep some training tiles in a bundle, to stand beside generated ones"),
     "card": ("ge2hist_core.model_card", "write a bundle's model card from its figures"),

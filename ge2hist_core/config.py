@@ -74,10 +74,10 @@ class TrainConfig:
     """How the parts are trained. ``beta`` and ``gamma`` are the paper's, equation (9).
 
     ``type_prior``, ``type_leak``, ``reconstruction`` and ``neighbours`` weigh the terms that keep type and environment
-    apart (see :mod:`ge2hist_core.vae`), ``freeze_encoder`` leaves the VAEs of a finished bundle as they are and trains
-    the U-Net alone, ``latent_noise`` is the noise on the autoencoder's latents in their standard
-    deviations, ``latent_variants`` how many of a tile's eight rotations and reflections are encoded,
-    ``cells_per_donor`` how many cells of a donor are used at the most.
+    apart (see :mod:`ge2hist_core.vae`), ``state_steps`` is how long they act on the VAEs before the U-Net comes in,
+    ``freeze_encoder`` leaves the VAEs as they are from then on and trains the U-Net alone, ``latent_noise`` is the
+    noise on the autoencoder's latents in their standard deviations, ``latent_variants`` how many of a tile's eight
+    rotations and reflections are encoded, ``cells_per_donor`` how many cells of a donor are used at the most.
     """
 
     steps: int = 20000
@@ -94,6 +94,7 @@ class TrainConfig:
     freeze_encoder: bool = False
     condition_dropout: float = 0.1
     vae_steps: int = 2000
+    state_steps: int = 4000
     autoencoder_steps: int = 2000
     autoencoder_batch: int = 16
     autoencoder_learning_rate: float = 1e-3

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -45,7 +45,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CHUNK", "FORMAT", "GE2Hist", "Preview"]
 
-FORMAT = 2
+FORMAT = 3
+READS = (2, 3)
+"""In format 2 the niche VAE saw the whole embedding: its statistics of types are 0 and 1."""
 CHUNK = 4
 
 _ENCODER_FILES = ("args.json", "vocab.json", "best_model.pt")
@@ -357,7 +359,8 @@ class GE2Hist:
         config = from_json(ModelConfig, header["config"])
         with torch.random.fork_rng(devices=[]):
             encoder, autoencoder = StateEncoder(config), TileAutoencoder(config)
-            _load_weights(encoder, folder / "vae.safetensors")
+            since = {"type_mean", "residual_std"} if header["format"] == 2 else set()
+            _load_weights(encoder, folder / "vae.safetensors", since)
             _load_weights(autoencoder, folder / "autoencoder.safetensors")
             with _explained(folder / "unet"):
                 denoiser = Denoiser.load(folder / "unet", config)
@@ -389,7 +392,7 @@ def _header(folder: Path) -> dict[str, Any]:
         header["config"].keys()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} is damaged ({error}): copy or train the bundle again.") from error
-    if found != FORMAT:
+    if found not in READS:
         raise BadInput(f"{path} has bundle format {found!r}, this version reads {FORMAT}: train the bundle again.")
     return header
 
@@ -424,7 +427,9 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
 
 
-def _load_weights(part: nn.Module, path: Path) -> None:
-    arrays = _load_arrays(path)
+def _load_weights(part: nn.Module, path: Path, since: Collection[str] = ()) -> None:
+    """``since``: names that a file of an older format lacks; they stay as they are."""
+    state = {name: value for name, value in part.state_dict().items() if name in since}
+    state |= {name: torch.from_numpy(array) for name, array in _load_arrays(path).items()}
     with _explained(path):
-        part.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+        part.load_state_dict(state)

@@ -7,9 +7,10 @@ Stages, each resumable, with their work in ``BUNDLE/.work``:
 3. ``embeddings``: scGPT embedding of the cells; the stages before do without the encoder, so it may be exchanged
    after them;
 4. ``vae``: both VAEs by themselves, no separation yet;
-5. ``main``: VAEs, classifier and U-Net together, (9) ``L = L_CDM + beta L_cls + gamma L_KL`` and the four terms of
-   separation that :mod:`ge2hist_core.vae` explains;
-6. mixture of z_c, support, report, and the bundle written.
+5. ``states``: VAEs and classifier without the U-Net, (9) less ``L_CDM``, and the four terms of separation that
+   :mod:`ge2hist_core.vae` explains;
+6. ``main``: the same with the U-Net, (9) ``L = L_CDM + beta L_cls + gamma L_KL``;
+7. mixture of z_c, support, report, and the bundle written.
 
 Every draw comes from a stream named by stage and step and the state of a stage is one checkpoint, so that a run
 killed at any moment and resumed ends in the weights of an uninterrupted one (same machine, same number of threads and
@@ -52,6 +53,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ge2hist_core import rng
@@ -121,52 +123,50 @@ class AutoencoderObjective(nn.Module):
 
 
 class VAEObjective(nn.Module):
-    """Each VAE by itself: reconstruction and KL; batch: ``embedding``, ``eps_c``, ``eps_e``."""
+    """Each VAE by itself: reconstruction of its own input, and KL; batch: ``embedding, label, eps_c, eps_e``.
+
+    The classifier learns along, because the niche VAE's input depends on it.
+    """
 
     def __init__(self, encoder: StateEncoder, config: TrainConfig) -> None:
         super().__init__()
-        self.encoder, self.gamma = encoder, config.gamma
+        self.encoder, self.config = encoder, config
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        embedding = batch["embedding"]
-        target = self.encoder.standardise(embedding)
+        embedding, c = batch["embedding"], self.config
+        q_c, q_e = self.encoder(embedding)
+        standard = self.encoder.standardise(embedding)
         terms: dict[str, Tensor] = {}
-        parts = (self.encoder.type_vae, self.encoder.niche_vae)
-        for name, vae, q in zip("ce", parts, self.encoder(embedding), strict=True):
-            terms[f"rec_{name}"] = reconstruction_loss(vae.generative(q.loc + q.scale * batch[f"eps_{name}"]), target)
+        for name, vae, q, target in (
+            ("c", self.encoder.type_vae, q_c, standard),
+            ("e", self.encoder.niche_vae, q_e, self.encoder.residual(standard, q_c)),
+        ):
+            z = q.loc + q.scale * batch[f"eps_{name}"]
+            terms[f"rec_{name}"] = reconstruction_loss(vae.generative(z), target)
             terms[f"kl_{name}"] = kl_divergence(q, embedding.shape[1])
-        loss = terms["rec_c"] + terms["rec_e"] + self.gamma * (terms["kl_c"] + terms["kl_e"])
+        terms["cls"] = classification_loss(self.encoder.type_vae.logits(q_c.loc), batch["label"])
+        loss = terms["rec_c"] + terms["rec_e"] + c.gamma * (terms["kl_c"] + terms["kl_e"]) + c.beta * terms["cls"]
         return {"loss": loss, **terms}
 
 
-class MainObjective(nn.Module):
-    """Equation (9); batch: ``embedding, label, neighbours, latent, t, noise, eps_c, eps_e, drop``."""
+class StateObjective(nn.Module):
+    """Equation (9) without (8), and the terms of separation; batch: ``embedding, label, neighbours, eps_c, eps_e``."""
 
-    alpha: Tensor
-    sigma: Tensor
     type_mean: Tensor
 
-    def __init__(self, encoder: StateEncoder, denoiser: Denoiser, model: ModelConfig, config: TrainConfig) -> None:
+    def __init__(self, encoder: StateEncoder, model: ModelConfig, config: TrainConfig) -> None:
         super().__init__()
-        self.encoder, self.denoiser, self.config = encoder, denoiser, config
-        bars = torch.tensor(alphas_cumprod(model.train_timesteps), dtype=torch.float64)
-        self.register_buffer("alpha", bars.sqrt().float(), persistent=False)
-        self.register_buffer("sigma", (1 - bars).sqrt().float(), persistent=False)
+        self.encoder, self.config = encoder, config
         self.register_buffer("type_mean", torch.zeros(len(model.cell_types), model.d_e))
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        embedding, label, x_0, noise = batch["embedding"], batch["label"], batch["latent"], batch["noise"]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
-            q_c, q_e = self.encoder(embedding)
-            z_c = q_c.loc + q_c.scale * batch["eps_c"]
-            z_e = q_e.loc + q_e.scale * batch["eps_e"]
+    def states(self, batch: Batch) -> tuple[Normal, Normal, Tensor, Tensor]:
+        """Posteriors of z_c and z_e, and a draw from each."""
+        q_c, q_e = self.encoder(batch["embedding"])
+        return q_c, q_e, q_c.loc + q_c.scale * batch["eps_c"], q_e.loc + q_e.scale * batch["eps_e"]
 
-        alpha, sigma = (level[batch["t"]][:, None, None, None] for level in (self.alpha, self.sigma))
-        x_t = alpha * x_0 + sigma * noise  # (4)
-        with sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" else nullcontext():
-            v = self.denoiser(x_t, batch["t"], torch.cat([z_c, z_e], dim=1), batch["drop"])
-        cdm = (v.float() - (alpha * noise - sigma * x_0)).square().mean()  # (8), on v
-
+    def terms(self, batch: Batch, q_c: Normal, q_e: Normal, z_c: Tensor, z_e: Tensor) -> dict[str, Tensor]:
+        """The loss and what it is made of."""
+        embedding, label, c = batch["embedding"], batch["label"], self.config
         type_vae, niche_vae = self.encoder.type_vae, self.encoder.niche_vae
         logits = type_vae.logits(z_c)
         cls = classification_loss(logits, label)  # (1)
@@ -174,19 +174,14 @@ class MainObjective(nn.Module):
         leak = type_leak(q_e.loc, label, self.type_mean)
         follow_type_mean(self.type_mean, q_e.loc, label)
         prior = type_prior(q_c, type_vae.prior_mean, label, embedding.shape[1])
-        together = type_vae.generative(z_c) + niche_vae.generative(z_e)
+        together = type_vae.generative(z_c) + self.encoder.residual_std * niche_vae.generative(z_e)
         rec = reconstruction_loss(together, self.encoder.standardise(embedding))
         around = neighbours_loss(niche_vae.expected_neighbours(z_c, z_e), batch["neighbours"])
-
-        c = self.config
-        loss = cdm + c.beta * cls + c.gamma * kl  # (9)
+        loss = c.beta * cls + c.gamma * kl
         loss = loss + c.type_prior * prior + c.type_leak * leak + c.reconstruction * rec + c.neighbours * around
-        if c.freeze_encoder:
-            loss = cdm
         accuracy = (logits.argmax(1) == label).float().mean()
         return {
             "loss": loss,
-            "cdm": cdm,
             "cls": cls,
             "kl": kl,
             "prior": prior,
@@ -196,8 +191,37 @@ class MainObjective(nn.Module):
             "accuracy": accuracy,
         }
 
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return self.terms(batch, *self.states(batch))
 
-# --- one loop for all three ----------------------------------------------------------------------------------------
+
+class MainObjective(nn.Module):
+    """Equation (9); batch: that of :class:`StateObjective` and ``latent, t, noise, drop``."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+    def __init__(self, encoder: StateEncoder, denoiser: Denoiser, model: ModelConfig, config: TrainConfig) -> None:
+        super().__init__()
+        self.state, self.denoiser, self.frozen = StateObjective(encoder, model, config), denoiser, config.freeze_encoder
+        bars = torch.tensor(alphas_cumprod(model.train_timesteps), dtype=torch.float64)
+        self.register_buffer("alpha", bars.sqrt().float(), persistent=False)
+        self.register_buffer("sigma", (1 - bars).sqrt().float(), persistent=False)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        x_0, noise = batch["latent"], batch["noise"]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            q_c, q_e, z_c, z_e = self.state.states(batch)
+        alpha, sigma = (level[batch["t"]][:, None, None, None] for level in (self.alpha, self.sigma))
+        x_t = alpha * x_0 + sigma * noise  # (4)
+        with sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" else nullcontext():
+            v = self.denoiser(x_t, batch["t"], torch.cat([z_c, z_e], dim=1), batch["drop"])
+        cdm = (v.float() - (alpha * noise - sigma * x_0)).square().mean()  # (8), on v
+        terms = self.state.terms(batch, q_c, q_e, z_c, z_e)
+        return {**terms, "loss": cdm if self.frozen else cdm + terms["loss"], "cdm": cdm}  # (9)
+
+
+# --- one loop for all of them ----------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -449,9 +473,14 @@ class Trainer:
         self._drop_empty_cells()
 
         if not self.keeps_states:
-            model.encoder.fit_standardisation(torch.from_numpy(self.embedding[self.rows["train"]]))
+            rows = self.rows["train"]
+            model.encoder.fit_standardisation(
+                torch.from_numpy(self.embedding[rows]), torch.from_numpy(self.label[rows])
+            )
             objective = VAEObjective(model.encoder, config)
             yield from self._fit(objective, "vae", self._vae_batch, config.vae_steps)
+            objective = StateObjective(model.encoder, model.config, config)
+            yield from self._fit(objective, "states", self._states_batch, config.state_steps)
         objective = MainObjective(model.encoder, model.denoiser, model.config, config)
         yield from self._fit(objective, "main", self._main_batch, config.steps, deadline)
         if self.accelerator.is_main_process:
@@ -567,6 +596,9 @@ class Trainer:
 
     def _vae_batch(self, step: int) -> Batch:
         return self._state_batch(self._stream("vae", step))[1]
+
+    def _states_batch(self, step: int) -> Batch:
+        return self._state_batch(self._stream("states", step))[1]
 
     def _main_batch(self, step: int) -> Batch:
         g = self._stream("main", step)

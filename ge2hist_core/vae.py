@@ -109,11 +109,15 @@ class StateEncoder(nn.Module):
     """Both VAEs behind one standardisation of the embedding.
 
     scGPT embeddings have unit length: each of 256 dimensions varies by a few hundredths, so they are centred and
-    scaled with training statistics, which are part of the weights.
+    scaled with training statistics, which are part of the weights. The niche VAE sees what is left of them after the
+    mean embedding of the types that the classifier reads from ``z_c`` is taken away: the type makes up most of the
+    variance, and what is not shown to ``z_e`` need not be driven out of it.
     """
 
     embedding_mean: Tensor
     embedding_std: Tensor
+    type_mean: Tensor
+    residual_std: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -121,11 +125,16 @@ class StateEncoder(nn.Module):
         self.niche_vae = NicheVAE(config)
         self.register_buffer("embedding_mean", torch.zeros(config.embedding_dim))
         self.register_buffer("embedding_std", torch.ones(config.embedding_dim))
+        self.register_buffer("type_mean", torch.zeros(len(config.cell_types), config.embedding_dim))
+        self.register_buffer("residual_std", torch.ones(config.embedding_dim))
 
-    def fit_standardisation(self, embedding: Tensor) -> None:
-        """Take mean and standard deviation from training embeddings ``[cell, embedding_dim]``."""
+    def fit_standardisation(self, embedding: Tensor, labels: Tensor) -> None:
+        """Take all statistics from training embeddings ``[cell, embedding_dim]`` and their types ``[cell]``."""
         self.embedding_mean.copy_(embedding.mean(0))
         self.embedding_std.copy_(embedding.std(0).clamp_min(1e-6))
+        standard, n = self.standardise(embedding), torch.bincount(labels, minlength=len(self.type_mean))[:, None]
+        self.type_mean.zero_().index_add_(0, labels, standard).div_(n.clamp_min(1))
+        self.residual_std.copy_((standard - self.type_mean[labels]).std(0).clamp_min(1e-6))
 
     def standardise(self, embedding: Tensor) -> Tensor:
         """``[cell, embedding_dim]`` -> the same with zero mean and unit variance over training cells."""
@@ -134,7 +143,13 @@ class StateEncoder(nn.Module):
     def forward(self, embedding: Tensor) -> tuple[Normal, Normal]:
         """Raw embedding ``[cell, embedding_dim]`` -> q(z_c|E), q(z_e|E)."""
         standard = self.standardise(embedding)
-        return self.type_vae.inference(standard), self.niche_vae.inference(standard)
+        q_c = self.type_vae.inference(standard)
+        return q_c, self.niche_vae.inference(self.residual(standard, q_c))
+
+    def residual(self, standard: Tensor, q_c: Normal) -> Tensor:
+        """What the types read from ``z_c`` leave of a standardised embedding, in standard deviations within types."""
+        share = self.type_vae.logits(q_c.loc).softmax(dim=1).detach()
+        return (standard - share @ self.type_mean) / self.residual_std
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:

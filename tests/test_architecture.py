@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+OPTIONAL = {"stardist", "instanseg", "celltypist", "openslide"}
+"""Imported where the user has installed them; refused in one sentence elsewhere."""
 OWN = ("ge2hist_core", "perturb", "pages", "app", "tests", "benchmarks")
 HEAVY = {"torch", "diffusers", "scanpy", "anndata", "spatialdata", "h5py", "sklearn", "skimage"}
 
@@ -62,6 +64,8 @@ def offenders(folder: str, forbidden: set[str]) -> list[str]:
         # Judges are blind: they see pixels and tables, never the model that drew them.
         ("ge2hist_core/nuclei.py", {"ge2hist_core.model", "ge2hist_core.denoiser", "ge2hist_core.simulator"}),
         ("ge2hist_core/niche.py", {"ge2hist_core.model", "ge2hist_core.simulator", "torch"}),
+        ("ge2hist_core/metrics.py", {"ge2hist_core.model", "torch"}),
+        ("ge2hist_core/image_features.py", {"ge2hist_core.model", "ge2hist_core.simulator"}),
         ("ge2hist_core/data.py", {"ge2hist_core.model", "ge2hist_core.simulator", "torch"}),
         ("ge2hist_core/store.py", {"ge2hist_core.model", "ge2hist_core.simulator"}),
         ("ge2hist_core/simulator", {"ge2hist_core.model", "ge2hist_core.nuclei", "ge2hist_core.niche"}),
@@ -155,7 +159,7 @@ def test_requirements_are_what_is_imported():
         for path in sources("ge2hist_core", "perturb", "pages", "app.py")
         for name in imports(path)
     }
-    third_party = names - set(sys.stdlib_module_names) - set(OWN)
+    third_party = names - set(sys.stdlib_module_names) - set(OWN) - OPTIONAL
     used = {dist.lower() for name in third_party for dist in known[name]}
     pinned = set(requirements("requirements.txt"))
     assert used - pinned == set()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ge2hist_core import rng
 from ge2hist_core.config import ModelConfig, SampleConfig
@@ -203,12 +204,31 @@ def test_weights_of_other_sizes_are_refused(bundle: Path, tmp_path: Path):
         GE2Hist.load(tmp_path / "b")
 
 
+def test_a_bundle_of_format_2_gives_the_niche_vae_the_whole_embedding(bundle: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "b"
+    shutil.copytree(bundle, folder)
+    header = json.loads((folder / "bundle.json").read_text())
+    (folder / "bundle.json").write_text(json.dumps(header | {"format": 2}))
+    state = load_file(folder / "vae.safetensors")
+    save_file({k: v for k, v in state.items() if k not in ("type_mean", "residual_std")}, folder / "vae.safetensors")
+    encoder = GE2Hist.load(folder).encoder
+    embedding = torch.randn(3, encoder.embedding_mean.shape[0], generator=torch.Generator().manual_seed(0))
+    expected = encoder.niche_vae.inference(encoder.standardise(embedding)).loc
+    torch.testing.assert_close(encoder(embedding)[1].loc, expected)
+    # A newer file must have them.
+    (folder / "bundle.json").write_text(json.dumps(header))
+    with pytest.raises(BadInput, match="does not fit the sizes"):
+        GE2Hist.load(folder)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "is damaged"),
         ("[]", "is damaged"),
-        ('{"format": 99, "config": {}}', "bundle format 99, this version reads 2"),
+        ('{"format": 99, "config": {}}', "bundle format 99, this version reads 3"),
     ],
 )
 def test_a_bad_header_is_explained(bundle: Path, tmp_path: Path, text: str, message: str):

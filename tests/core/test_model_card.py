@@ -400,7 +400,14 @@ def test_the_report_of_a_real_training_fills_the_card(scgpt_folder: Path, tmp_pa
         condition_tokens=2, condition_dim=8, attention_heads=2, time_embedding_dim=16,
     )  # fmt: skip
     train = TrainConfig(
-        steps=2, batch_size=2, warmup_steps=1, vae_steps=1, autoencoder_steps=1, autoencoder_batch=2, latent_variants=1
+        steps=2,
+        batch_size=2,
+        warmup_steps=1,
+        vae_steps=1,
+        state_steps=1,
+        autoencoder_steps=1,
+        autoencoder_batch=2,
+        latent_variants=1,
     )
     trainer = Trainer(TissueStore(path), scgpt_folder, tmp_path / "bundle", config, train)
     for _ in trainer.run():

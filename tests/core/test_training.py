@@ -29,8 +29,8 @@ MODEL = ModelConfig(
     condition_tokens=2, condition_dim=8, attention_heads=2, time_embedding_dim=16,
 )  # fmt: skip
 TRAIN = TrainConfig(
-    steps=7, batch_size=3, warmup_steps=2, vae_steps=3, autoencoder_steps=3, autoencoder_batch=2, latent_variants=2,
-    checkpoint_every=2,
+    steps=7, batch_size=3, warmup_steps=2, vae_steps=3, state_steps=3, autoencoder_steps=3, autoencoder_batch=2,
+    latent_variants=2, checkpoint_every=2,
 )  # fmt: skip
 
 
@@ -112,8 +112,8 @@ def test_every_stage_was_trained(finished: Trainer, scgpt_folder: Path):
     # The bundle's U-Net is rounded to float16, which hides changes as small as these: look at its checkpoint.
     main = torch.load(finished.work / "main.pt", weights_only=True)["average"]
     after = {"autoencoder": finished.model.autoencoder.state_dict()} | {
-        part: {name.removeprefix(f"{part}."): value for name, value in main.items() if name.startswith(f"{part}.")}
-        for part in ("encoder", "denoiser")
+        part: {name.removeprefix(prefix): value for name, value in main.items() if name.startswith(prefix)}
+        for part, prefix in (("encoder", "state.encoder."), ("denoiser", "denoiser."))
     }
     for part, weights_after in after.items():
         before = getattr(fresh, part).state_dict()
@@ -171,7 +171,7 @@ def test_another_encoder_gets_vaes_of_its_own_and_keeps_the_pictures_of_the_star
     start, config = GE2Hist.load(finished.out), replace(TRAIN, steps=1, freeze_encoder=True, learning_rate=1e-12)
     trainer = Trainer(store, other, tmp_path / "b", MODEL, config, start=start)
     stages = {record.stage for record in trainer.run()}
-    assert "vae" in stages and "autoencoder" not in stages
+    assert {"vae", "states"} <= stages and "autoencoder" not in stages
     for part, kept in (("autoencoder", True), ("denoiser", True), ("encoder", False)):
         ours, theirs = (getattr(model, part).state_dict() for model in (trainer.model, start))
         same = all(torch.allclose(value, theirs[name], rtol=0, atol=1e-3) for name, value in ours.items())
@@ -233,7 +233,7 @@ def test_the_diffusion_loss_is_equation_8_weighted_by_one_over_alphabar(t: int):
         bar = alphas_cumprod(1000)[t]
         alpha, sigma = bar**0.5, (1 - bar) ** 0.5
         x_t = alpha * batch["latent"].double() + sigma * batch["noise"].double()
-        q_c, q_e = objective.encoder(batch["embedding"])
+        q_c, q_e = objective.state.encoder(batch["embedding"])
         z = torch.cat([q_c.loc + q_c.scale * batch["eps_c"], q_e.loc + q_e.scale * batch["eps_e"]], 1)
         v = objective.denoiser(x_t.float(), batch["t"], z, batch["drop"])
         eps = sigma * x_t + alpha * v.double()
@@ -252,16 +252,16 @@ def test_every_weight_gets_a_finite_gradient_from_the_main_loss():
 def test_the_encoder_learns_from_the_pictures_and_the_classifier_from_the_labels_alone():
     objective, batch = objective_and_batch(TrainConfig())
     objective(batch)["cdm"].backward()
-    assert objective.encoder.niche_vae.encoder[0].weight.grad.abs().sum() > 0
-    assert objective.encoder.type_vae.encoder[0].weight.grad.abs().sum() > 0
-    assert objective.encoder.type_vae.classifier[0].weight.grad is None
+    assert objective.state.encoder.niche_vae.encoder[0].weight.grad.abs().sum() > 0
+    assert objective.state.encoder.type_vae.encoder[0].weight.grad.abs().sum() > 0
+    assert objective.state.encoder.type_vae.classifier[0].weight.grad is None
 
 
 def test_the_neighbours_teach_z_e_and_leave_z_c_alone():
     objective, batch = objective_and_batch(TrainConfig())
     objective(batch)["neighbours"].backward()
-    assert objective.encoder.niche_vae.encoder[0].weight.grad.abs().sum() > 0
-    assert objective.encoder.type_vae.encoder[0].weight.grad is None
+    assert objective.state.encoder.niche_vae.encoder[0].weight.grad.abs().sum() > 0
+    assert objective.state.encoder.type_vae.encoder[0].weight.grad is None
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

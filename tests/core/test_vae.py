@@ -43,15 +43,35 @@ def test_losses_are_those_of_torch_distributions_and_of_the_definition():
 def test_standardised_training_embeddings_have_zero_mean_and_unit_variance_whatever_their_scale():
     encoder = StateEncoder(SMALL)
     embedding = 0.01 * rng.normal(0, "e", (400, 12)) + 0.06
-    encoder.fit_standardisation(embedding)
+    encoder.fit_standardisation(embedding, torch.arange(400) % 3)
     standard = encoder.standardise(embedding)
     torch.testing.assert_close(standard.mean(0), torch.zeros(12), atol=1e-4, rtol=0)
     torch.testing.assert_close(standard.std(0), torch.ones(12), atol=1e-3, rtol=0)
 
 
+def test_the_niche_vae_sees_what_the_type_leaves_in_units_of_the_spread_within_types():
+    """With a classifier that knows the types for certain, type means vanish and the spread within types becomes 1."""
+    encoder, labels = StateEncoder(SMALL), torch.arange(600) % 3
+    shift = 5.0 * rng.normal(0, "shift", (3, 12))
+    embedding = shift[labels] + rng.normal(0, "within", (600, 12)) * torch.linspace(0.5, 2.0, 12)
+    encoder.fit_standardisation(embedding, labels)
+    standard = encoder.standardise(embedding)
+    q_c = encoder.type_vae.inference(standard)
+    certain = 100.0 * torch.eye(3)[labels]
+    encoder.type_vae.logits = lambda z_c: certain
+    left = encoder.residual(standard, q_c)
+    for name in range(3):
+        torch.testing.assert_close(left[labels == name].mean(0), torch.zeros(12), atol=1e-4, rtol=0)
+    torch.testing.assert_close(left.std(0), torch.ones(12), atol=1e-2, rtol=0)
+    # In doubt between two types, half of each one's mean is taken away.
+    encoder.type_vae.logits = lambda z_c: torch.tensor([[50.0, 50.0, -50.0]]).expand(len(z_c), 3)
+    half = standard - encoder.type_mean[:2].mean(0)
+    torch.testing.assert_close(encoder.residual(standard, q_c) * encoder.residual_std, half, atol=1e-4, rtol=1e-4)
+
+
 def test_a_dimension_that_never_varies_stays_finite():
     encoder = StateEncoder(SMALL)
-    encoder.fit_standardisation(torch.ones(10, 12))
+    encoder.fit_standardisation(torch.ones(10, 12), torch.zeros(10, dtype=torch.int64))
     q_c, q_e = encoder(torch.ones(2, 12))
     assert q_c.loc.shape == (2, 3) and q_e.loc.shape == (2, 2)
     assert torch.isfinite(q_c.loc).all() and torch.isfinite(q_e.scale).all()
