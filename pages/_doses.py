@@ -81,7 +81,7 @@ def _show(table: pd.DataFrame, signature: Signature) -> None:
     found = respond(table, readout)
     curve = None if found.hill is None else hill_curve(found.hill, table["dose"].to_numpy())
     figure = charts.dose_response(table, readout, signature.dose_unit, _ui.theme(), curve)
-    st.plotly_chart(figure, theme=None, key="dose chart", config={"displaylogo": False})
+    st.plotly_chart(figure, theme=None, key="dose chart", config=charts.CHART_CONFIG)
     if found.plateau:
         st.caption(f"Plateau from dose {found.plateau_from:g}: a larger dose changes nothing more.")
     if found.hill is None:

@@ -50,7 +50,7 @@ def _choices(experiment: Experiment, model: GE2Hist, source: H5adSource) -> Goal
     left, right = st.columns([2, 1])
     what = left.segmented_control("Target", WHAT, default=WHAT[0], key="goal target", required=True)
     max_edits = right.segmented_control(
-        "Edits, at most", range(1, MAX_EDITS + 1), default=MAX_EDITS, key="goal edits", required=True
+        "Edits, at most", list(range(1, MAX_EDITS + 1)), default=MAX_EDITS, key="goal edits", required=True
     )
     target = _readout() if what == WHAT[0] else _niche(experiment, model, source)
     if target is None:
@@ -159,8 +159,9 @@ def _show(goal: Goal, result: GoalResult, experiment: Experiment) -> None:
     st.caption(
         "No other set has as few edits, as good support and as small a distance. Closed: share of the gap to the "
         f"target. Distance and towards: in {goal.target.unit}. Support: conformal p, mean over cells; outside: "
-        "number of cells with p < 0.05. Objective: what is left of the gap, plus the penalty. The first row is the "
-        "cell as the search found it."
+        "number of cells with p < 0.05. Objective: what is left of the gap, plus the penalty. Distance real: to the "
+        "nuclei of the other cell's real tile, where the file tells them. The first row is the cell as the search "
+        "found it."
     )
     if len(result.confirmed):
         st.markdown("##### Drawn sets")

@@ -9,17 +9,19 @@ import streamlit as st
 
 from pages import _ui
 from pages._doses import dose_panel
+from pages._downloads import result_downloads
 from pages._network import spread_section
 from perturb.edits import EditSet
 
 if TYPE_CHECKING:
+    from ge2hist_core.data import H5adSource
     from ge2hist_core.model import GE2Hist
     from perturb.result import Result
 
 SECTIONS = ("Charts", "All seeds", "Denoising", "Table", "Network", "Doses")
 
 
-def results(result: Result, model: GE2Hist) -> None:
+def results(result: Result, model: GE2Hist, source: H5adSource) -> None:
     if not result.recipe.perturbation:
         return
     _headline(result)
@@ -39,7 +41,7 @@ def results(result: Result, model: GE2Hist) -> None:
         "Network": lambda result, model: spread_section(result),
         "Doses": dose_panel,
     }[section](result, model)
-    _ui.downloads(result)
+    result_downloads(result, lambda: _ui.get_cells(result.recipe, source))
 
 
 def _headline(result: Result) -> None:
@@ -76,7 +78,7 @@ def _charts(result: Result, model: GE2Hist) -> None:
     theme = _ui.theme()
     if len(result.recipe.seeds) == 1:
         st.caption("One seed: no intervals. Compare over several seeds to see how far the noise alone moves these.")
-    show = {"theme": None, "config": {"displaylogo": False}}
+    show = {"theme": None, "config": charts.CHART_CONFIG}
     st.plotly_chart(charts.density(result.summary, theme), key="density", **show)
     st.plotly_chart(charts.composition(result.summary, theme), key="composition", **show)
     st.plotly_chart(charts.spacing(result.readouts, result.summary, theme), key="spacing", **show)

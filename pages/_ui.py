@@ -549,34 +549,3 @@ def _cancel_key(key: str) -> None:
 def theme() -> str:
     """``light`` or ``dark``, as the browser shows the page."""
     return st.context.theme.type or "light"
-
-
-# Downloads
-
-
-def downloads(result: Result) -> None:
-    """Buttons for everything a result leaves; files are made when asked for."""
-    import json
-
-    from perturb import report
-
-    name = f"ge2hist-{result.recipe.hash[:8]}"
-    recipe_json = json.dumps(result.recipe.to_dict(), indent=1, ensure_ascii=False)
-    files: tuple[tuple[str, str, str, str | Callable[[], bytes | str]], ...] = (
-        ("Report (HTML)", "html", "text/html", lambda: report_html(result.recipe.hash, result)),
-        ("Report (PDF)", "pdf", "application/pdf", lambda: report.pdf(result)),
-        ("Table (CSV)", "csv", "text/csv", lambda: result.comparison.to_csv(index=False)),
-        ("Everything (ZIP)", "zip", "application/zip", lambda: report.zip_bytes(result)),
-        ("Recipe (JSON)", "json", "application/json", recipe_json),
-    )
-    with st.container(horizontal=True, gap="small", key="downloads"):
-        for label, ending, mime, data in files:
-            st.download_button(
-                label,
-                data,
-                f"{name}.{ending}",
-                mime,
-                key=f"download {ending}",
-                on_click="ignore",
-                icon=":material/download:",
-            )

@@ -185,7 +185,7 @@ def _effects(names: list[str], results: list[Any]) -> None:
     readouts = list(dict.fromkeys(table["readout"]))
     readout = st.selectbox("Readout", readouts, key="readout compared", width=280)
     figure = charts.scenarios(table, readout, _ui.theme())
-    st.plotly_chart(figure, theme=None, key="scenarios", config={"displaylogo": False})
+    st.plotly_chart(figure, theme=None, key="scenarios", config=charts.CHART_CONFIG)
     st.dataframe(table[table["readout"] == readout].drop(columns="readout"), hide_index=True)
     st.caption(
         f"Effect: edited minus unedited over {len(results[0].recipe.seeds)} noise seeds that all scenarios share, with "

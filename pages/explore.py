@@ -63,7 +63,7 @@ def page() -> None:
         shown = niche_panel(experiment, source, model, profile)
         if shown is not None:
             with _ui.guard():
-                results(shown, model)
+                results(shown, model, source)
     _ui.write_address(experiment)
 
 

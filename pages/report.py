@@ -1,7 +1,8 @@
-"""Preview and download of the report; replay of a recipe that someone saved."""
+"""Preview and download of the report; replay of a report or recipe that someone saved."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,17 @@ import streamlit as st
 
 from ge2hist_core.types import BadInput
 from pages import _ui
+from pages._downloads import result_downloads
 from pages._experiment import Experiment
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ge2hist_core.model import GE2Hist
+    from perturb.replay import SavedReport
+    from perturb.run import Progress
+
+MAX_UPLOAD_MB = 200
 
 
 def page() -> None:
@@ -40,7 +48,7 @@ def page() -> None:
             st.subheader("Nothing to report yet")
             st.markdown(
                 "Choose a cell and edit a gene on the Explore page, then compare over several seeds. "
-                "Or replay a recipe that was saved before: upload it on the left."
+                "Or replay a report or recipe that was saved before: upload it on the left."
             )
             st.page_link("pages/explore.py", label="Go to Explore", icon=":material/biotech:")
         return
@@ -54,7 +62,7 @@ def page() -> None:
             on_click=_ui.safely(_ui.submit),
             args=(recipe, model, source),
         )
-    _ui.downloads(result)
+    result_downloads(result, lambda: _ui.get_cells(result.recipe, source))
     st.iframe(_ui.report_html(result.recipe.hash, result), height=900, alt="Preview of the report")
 
 
@@ -69,17 +77,98 @@ def _wait(experiment: Experiment) -> None:
 
 
 def _replay(model: GE2Hist) -> None:
-    st.markdown("#### Replay a recipe")
-    st.caption("A recipe says all that determines a result: with the same cells and model it gives the same pictures.")
-    uploaded = st.file_uploader("Upload recipe.json", type="json", key="recipe file", max_upload_size=1)
+    st.markdown("#### Replay")
+    st.caption(
+        "A report is run again from nothing and its numbers are compared. A recipe says all that determines a result: "
+        "with the same cells and model it gives the same pictures."
+    )
+    uploaded = st.file_uploader(
+        "Upload a report (HTML, ZIP) or recipe (JSON)",
+        type=["html", "zip", "json"],
+        key="recipe file",
+        max_upload_size=MAX_UPLOAD_MB,
+    )
     if uploaded is None:
         return
     with _ui.guard():
-        experiment = _read(uploaded, model)
-        recipe = experiment.recipe
-        edits = _ui.plain(recipe.perturbation) or "no edit"
-        st.markdown(f"**{_ui.plain(', '.join(recipe.cell_ids))}** · {edits} · {len(recipe.seeds)} seeds")
-        st.button("Replay it", type="primary", key="replay", on_click=_ui.safely(_start), args=(experiment, model))
+        if uploaded.name.lower().endswith(".json"):
+            experiment = _read(uploaded, model)
+            _describe(experiment.recipe.perturbation, experiment.recipe, len(experiment.recipe.seeds))
+            st.button("Replay it", type="primary", key="replay", on_click=_ui.safely(_start), args=(experiment, model))
+        else:
+            _report(uploaded, model)
+
+
+def _describe(edits: object, recipe: Any, seeds: int) -> None:
+    cells = _ui.plain(", ".join(recipe.cell_ids))
+    st.markdown(f"**{cells}** · {_ui.plain(edits) or 'no edit'} · {seeds} seed{'s' * (seeds > 1)}")
+
+
+def _report(uploaded: Any, model: GE2Hist) -> None:
+    """An uploaded report: what it is, a button, progress, the verdict."""
+    from perturb.recipe import Recipe
+    from perturb.replay import changed_versions, parse_report
+
+    content = uploaded.getvalue()
+    saved = parse_report(content, uploaded.name)
+    path = _place(saved.recipe, model)
+    if isinstance(saved.what, Recipe):
+        _describe(saved.what.perturbation, saved.what, len(saved.what.seeds))
+    else:
+        of = f"screen of {len(saved.what.candidates)} candidates, {saved.what.pictures} pictures"
+        _describe(of, saved.recipe, len(saved.what.first_seeds) + len(saved.what.further_seeds))
+    key = hashlib.sha256(b"replay" + content).hexdigest()
+    if _ui.under_way(key):
+        return
+    verdict = _ui.get_cache().load_json(key)
+    if verdict is not None:
+        show = st.success if verdict["same"] else st.error
+        show(_ui.plain(verdict["verdict"]), icon=":material/check:" if verdict["same"] else ":material/error:")
+        if not verdict["same"] and (why := changed_versions(saved)):
+            st.caption(_ui.plain(why))
+        if isinstance(saved.what, Recipe):
+            st.button("Open it", key="open replayed", on_click=_open, args=(Experiment(saved.what, path),))
+    st.button(
+        "Replay it" if verdict is None else "Replay it again",
+        type="primary" if verdict is None else "secondary",
+        key="replay",
+        on_click=_ui.safely(_start_report),
+        args=(key, saved, path, model),
+    )
+
+
+def _start_report(key: str, saved: SavedReport, path: Any, model: GE2Hist) -> None:
+    recipe, cache = saved.recipe, _ui.get_cache()
+    cells = _ui.get_cells(recipe, _ui.get_source(path, model, recipe.matrix, recipe.gene_column))
+
+    def work(on_progress: Callable[[Progress], None], cancel: Any) -> None:
+        from perturb.replay import rerun
+
+        found = rerun(saved, model, cells, cache=cache, on_progress=on_progress, cancel=cancel)
+        cache.store_json(key, {"same": found.same, "verdict": found.verdict})
+
+    _ui.get_worker().submit(key, work, _ui.owner())
+
+
+def _open(experiment: Experiment) -> None:
+    st.session_state["experiment"] = experiment
+
+
+def _place(recipe: Any, model: GE2Hist) -> Any:
+    """Where the recipe's cells are.
+
+    Raises
+    ------
+    BadInput: a recipe for another model, or cells that are not here.
+    """
+    if recipe.model_sha256 != model.sha256:
+        raise BadInput(
+            f"The recipe was made with model {recipe.model_sha256[:12]}, this app has {model.sha256[:12]}: "
+            "start the app with that bundle, or make the recipe again."
+        )
+    path = _ui.find_data(recipe.data_sha256, model)
+    _ui.check_recipe(recipe, _ui.get_source(path, model, recipe.matrix, recipe.gene_column))
+    return path
 
 
 def _read(uploaded: Any, model: GE2Hist) -> Experiment:
@@ -90,14 +179,7 @@ def _read(uploaded: Any, model: GE2Hist) -> Experiment:
     except UnicodeDecodeError:
         raise BadInput(f"{uploaded.name} is not a text file: give a recipe.json that GE2Hist wrote.") from None
     recipe = Recipe.from_json(text)
-    if recipe.model_sha256 != model.sha256:
-        raise BadInput(
-            f"The recipe was made with model {recipe.model_sha256[:12]}, this app has {model.sha256[:12]}: "
-            "start the app with that bundle, or make the recipe again."
-        )
-    path = _ui.find_data(recipe.data_sha256, model)
-    _ui.check_recipe(recipe, _ui.get_source(path, model, recipe.matrix, recipe.gene_column))
-    return Experiment(recipe, path)
+    return Experiment(recipe, _place(recipe, model))
 
 
 def _start(experiment: Experiment, model: GE2Hist) -> None:

@@ -9,7 +9,9 @@ import streamlit as st
 
 from ge2hist_core.types import BadInput
 from pages import _ui
+from pages._downloads import screen_downloads
 from pages._experiment import Experiment
+from pages._goal import goal_panel
 from perturb.edits import Perturbation
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from perturb.run import Progress
     from perturb.screen import Screen, ScreenResult
 
+KINDS = ("Which edits move the niche?", "Edits towards a target")
 WHAT = ("All expressed genes", "A list of genes", "Drug signatures")
 # On two cores with the demo bundle, as the text beside the estimate says.
 SECONDS_PER_PICTURE = 0.25
@@ -36,6 +39,18 @@ def page() -> None:
         return
     experiment, source = opened
     st.markdown("#### Screen")
+    kind = st.segmented_control(
+        "What to look for", KINDS, default=KINDS[0], key="screen kind", label_visibility="collapsed", required=True
+    )
+    with _ui.guard():
+        if kind == KINDS[0]:
+            _ranking(experiment, model, source)
+        else:
+            goal_panel(experiment, model, source)
+    _ui.write_address(experiment)
+
+
+def _ranking(experiment: Experiment, model: GE2Hist, source: H5adSource) -> None:
     cell = _ui.plain(experiment.recipe.cell_ids[0])
     more = len(experiment.recipe.cell_ids) - 1
     st.markdown(
@@ -43,11 +58,9 @@ def page() -> None:
         "candidates are ranked without drawing; the leading ones are then drawn from the same noise as the unedited "
         "niche. Another cell is chosen on the Explore page."
     )
-    with _ui.guard():
-        screen = _choices(experiment, model, source)
-        if screen is not None:
-            _screen(screen, experiment, model, source)
-    _ui.write_address(experiment)
+    screen = _choices(experiment, model, source)
+    if screen is not None:
+        _screen(screen, experiment, model, source)
 
 
 def _choices(experiment: Experiment, model: GE2Hist, source: H5adSource) -> Screen | None:
@@ -111,6 +124,7 @@ def _screen(screen: Screen, experiment: Experiment, model: GE2Hist, source: H5ad
         )
     if result is not None:
         _show(result, screen, experiment)
+        screen_downloads(screen, result, model, _ui.get_cells(screen.recipe, source))
 
 
 def _submit(screen: Screen, model: GE2Hist, source: H5adSource) -> None:
@@ -126,6 +140,7 @@ def _submit(screen: Screen, model: GE2Hist, source: H5adSource) -> None:
 
 def _show(result: ScreenResult, screen: Screen, experiment: Experiment) -> None:
     from perturb import charts
+    from perturb.screen import agreement
 
     if not result.complete:
         st.caption(":material/warning: This is a part: the screen was cancelled or is not finished.")
@@ -139,11 +154,17 @@ def _show(result: ScreenResult, screen: Screen, experiment: Experiment) -> None:
             key="volcano",
             on_select="rerun",
             selection_mode="points",
-            config={"displaylogo": False},
+            config=charts.CHART_CONFIG,
         )
         points = event["selection"]["points"]
         if points:
             _open(experiment, str(points[0]["customdata"][0]))
+        found = agreement(result, readout)
+        if found is not None:
+            st.caption(
+                f"Guess and drawing of this readout agree with Spearman r = {found[0]:.2f} over the {found[1]} drawn "
+                "candidates (first seeds): how far the ranking below can be trusted for those that were not drawn."
+            )
         st.markdown("##### Drawn candidates, hits first")
         _table(rows.drop(columns="readout"), experiment, "confirmed")
         st.caption(
@@ -158,17 +179,6 @@ def _show(result: ScreenResult, screen: Screen, experiment: Experiment) -> None:
         "Shift: Euclidean change of the expected root counts of the neighbours. p matched: share of the 30 candidates "
         "of nearest expression that move at least as far."
     )
-    for name, table in (("guess", result.guess), ("confirmed", confirmed)):
-        if len(table):
-            st.download_button(
-                f"{name.capitalize()} (CSV)",
-                _ui.csv(table),
-                f"screen-{screen.hash[:8]}-{name}.csv",
-                "text/csv",
-                key=f"download {name}",
-                on_click="ignore",
-                icon=":material/download:",
-            )
 
 
 def _table(table: pd.DataFrame, experiment: Experiment, key: str) -> None:

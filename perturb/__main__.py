@@ -1,4 +1,4 @@
-"""``python -m perturb recipe | run | dose | network | screen | replay``: a what-if experiment from the command line."""
+"""``python -m perturb COMMAND``: a what-if experiment from the command line, ``--help`` lists the commands."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from ge2hist_core.__main__ import run_command
 COMMANDS = {
     "recipe": ("perturb.recipe", "print the recipe of an experiment as JSON"),
     "dose": ("perturb.doses", "run a recipe at seven doses of a signature"),
+    "goal": ("perturb.goal", "search edits that move a niche towards a target"),
     "network": ("perturb.networks", "show a network of regulators, fit one, or write the known truth"),
     "screen": ("perturb.screen", "rank many edits of a cell and confirm the leading ones"),
+    "baselines": ("perturb.baselines", "fit trivial baselines into a bundle and measure the model's skill"),
     "replay": ("perturb.replay", "run a report's recipe again and compare the numbers"),
     "run": ("perturb.run", "run a recipe and write its report"),
 }

@@ -469,7 +469,8 @@ def ranking(guess: pd.DataFrame, readout: str, drawn: int, theme: str = "light",
             "matched p = %{customdata[1]:.2g}, q = %{customdata[2]:.2g}<extra></extra>",
         )
     unit = {"shift": "root counts", "density": "cells/mm²"}.get(readout, "fraction")
-    figure.update_xaxes(title_text="Mean count of the edited genes", type="log")
+    ticks = [n * 10**k for k in range(-2, 6) for n in (1, 3)]
+    figure.update_xaxes(title_text="Mean count of the edited genes", type="log", tickvals=ticks)
     figure.update_yaxes(title_text=f"Guessed change ({unit})", rangemode="tozero")
     return _finish(figure, theme, "All candidates; filled: q < 0.05 against 30 of like expression")
 

@@ -1,74 +1,118 @@
-"""Result -> a PDF of a few A4 pages: question, pictures, effects with intervals, method, recipe. For print and mail.
+"""Result or screen -> a PDF of a few A4 pages: question, pictures or volcano, effects with intervals, method, hashes.
 
-Drawn with matplotlib, whose text cannot run anything: what users and files say is shown as it is. The same result gives
-the same bytes.
+For print and mail. Drawn with matplotlib, whose text cannot run anything: what users and files say is shown as it is.
+The same result gives the same bytes.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
-from perturb import pictures
+from perturb import pictures, wording
 from perturb.charts import readable
 from perturb.colours import colour_of
+from perturb.page import for_people
+from perturb.wording import NOTICE, Origin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from perturb.edits import Perturbation
+    from perturb.recipe import Recipe
     from perturb.result import Result
+    from perturb.screen import Screen, ScreenResult
 
-__all__ = ["pdf_bytes"]
+__all__ = ["result_pdf", "screen_pdf"]
 
 A4 = (8.27, 11.69)
-LEFT, RIGHT, TOP, BOTTOM = 0.09, 0.93, 0.95, 0.06
+LEFT, RIGHT, TOP = 0.09, 0.93, 0.95
 WIDTH = 96
 """Characters of running text on a line."""
 LINES = 62
 """Lines of small text on a page."""
+ROWS = 62
+"""Rows of a table on a page."""
+MAX_ROWS = 2 * ROWS
+"""Rows of a table in the PDF; the files hold all."""
 
 
-def pdf_bytes(result: Result, question: str, notice: str, cautions: tuple[str, ...]) -> bytes:
-    """The PDF.
+def result_pdf(result: Result) -> bytes:
+    """A comparison."""
+    recipe, origin = result.recipe, Origin.of_result(result)
+    further = [
+        ("Recipe", [f"SHA-256 {recipe.hash}", json.dumps(recipe.to_dict(), ensure_ascii=False)]),
+    ]
+    question = wording.question(recipe)
+    words = _sections(recipe, wording.facts(recipe, origin), wording.method(result), wording.CAUTIONS, further)
+    return _pdf(question, [_first(result, question), *_effects(result), *_text(words)])
 
-    Parameters
-    ----------
-    question: what was asked, in words. notice: stands on every page. cautions: sentences to read before believing.
-    """
+
+def screen_pdf(screen: Screen, result: ScreenResult, origin: Origin) -> bytes:
+    """A screen."""
+    from perturb.screen_report import CAUTIONS
+
+    question = wording.screen_question(screen)
+    short = screen.to_dict() | {"candidates": f"{len(screen.candidates)} candidates, listed in screen.json"}
+    further = [("Screen", [f"SHA-256 {screen.hash}", json.dumps(short, ensure_ascii=False)])]
+    method = wording.screen_method(screen, result, origin)
+    words = _sections(screen.recipe, wording.screen_facts(screen, origin), method, CAUTIONS, further, screen.candidates)
+    return _pdf(question, [_screen_first(screen, result, question), *_screen_tables(screen, result), *_text(words)])
+
+
+def _pdf(question: str, figures: Iterable[Figure]) -> bytes:
     from matplotlib.backends.backend_pdf import PdfPages
 
     out = io.BytesIO()
-    about = {"Title": f"{notice}: {question}", "Creator": "GE2Hist digital twin", "CreationDate": None}
+    about = {"Title": f"{NOTICE}: {question}", "Creator": "GE2Hist digital twin", "CreationDate": None}
     with PdfPages(out, metadata=about) as pages:
-        for figure in (_first(result, question, notice), _effects(result, notice), *_text(result, notice, cautions)):
+        for figure in figures:
             pages.savefig(figure)
     return out.getvalue()
 
 
-def _page(notice: str) -> Figure:
+def _page() -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=A4)
-    figure.text(LEFT, 0.975, notice, fontsize=8, color="#6b4600", va="top")
+    figure.text(LEFT, 0.975, NOTICE, fontsize=8, color="#6b4600", va="top")
     figure.text(RIGHT, 0.975, "GE2Hist digital twin", fontsize=8, color="#555555", va="top", ha="right")
     return figure
+
+
+@functools.cache
+def _drawable() -> frozenset[int]:
+    """Code points that the font has."""
+    from matplotlib.font_manager import findfont, get_font
+
+    return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())
+
+
+def _plain(text: str) -> str:
+    """Text in which a dollar starts no mathematics and a letter that the font lacks is a question mark."""
+    drawn = "".join(c if c == "\n" or ord(c) in _drawable() else "?" for c in text)
+    return drawn.replace("$", r"\$")
 
 
 def _write(figure: Figure, y: float, text: str, size: float, width: int, **style: Any) -> float:
     """Running text from ``y`` (share of the page's height) downwards; returns where it ends."""
     lines = textwrap.wrap(text, width) or [""]
-    # A dollar would start mathematics.
-    body = "\n".join(lines).replace("$", r"\$")
-    figure.text(LEFT, y, body, fontsize=size, va="top", linespacing=1.35, **style)
+    figure.text(LEFT, y, _plain("\n".join(lines)), fontsize=size, va="top", linespacing=1.35, **style)
     return y - len(lines) * size * 1.45 / 72 / A4[1]
 
 
-def _first(result: Result, question: str, notice: str) -> Figure:
-    figure = _page(notice)
+# A comparison
+
+
+def _first(result: Result, question: str) -> Figure:
+    figure = _page()
     recipe = result.recipe
     y = _write(figure, TOP, question, 15, 52, weight="bold")
     cells = f"{len(recipe.cell_ids)} cells, each with " if len(recipe.cell_ids) > 1 else ""
@@ -94,18 +138,37 @@ def _first(result: Result, question: str, notice: str) -> Figure:
         axes.imshow(image, interpolation="nearest")
         axes.set_axis_off()
         axes.set_title(title, fontsize=9, loc="left")
-    below = f"Cell {recipe.cell_ids[0]}, seed {recipe.seeds[0]}".replace("$", r"\$")
-    figure.text(LEFT, y - 0.055 - 2 * (height + 0.035), below, fontsize=9, color="#555555", va="top")
+    below = _plain(f"Cell {recipe.cell_ids[0]}, seed {recipe.seeds[0]}")
+    figure.text(LEFT, y - 0.005 - 2 * (height + 0.035), below, fontsize=9, color="#555555", va="top")
     return figure
 
 
-def _effects(result: Result, notice: str) -> Figure:
-    """A forest of the effects and their table."""
-    figure = _page(notice)
+def _effects(result: Result) -> Iterator[Figure]:
+    """A forest of the effects and their table; what spreading through a network did on pages of its own."""
+    figure = _page()
     y = _write(figure, TOP, "Paired effects", 14, WIDTH, weight="bold")
-    groups = [(unit, rows) for unit, rows in result.comparison.groupby("unit", sort=False)]
+    y = _forest(figure, y, result.comparison, 0.50)
+    y = _write(
+        figure, y - 0.01,
+        "Filled: q < 0.05. Lines: 95 % bootstrap intervals over noise seeds, and over cells where there are several. "
+        "They cover how much the model's answer varies, not other donors, repeated experiments or the model's errors.",
+        8.5, 112, color="#555555",
+    )  # fmt: skip
+    columns = {"readout": 0.0, "unit": 0.26, "unedited": 0.36, "edited": 0.46, "difference": 0.55}
+    columns |= {"95 % interval": 0.65, "p": 0.85, "q": 0.91, "n": 0.97}
+    _table(figure, y - 0.012, for_people(result.comparison), columns)
+    yield figure
+    if len(result.spread_effects):
+        columns = {"contrast": 0.0, "readout": 0.19, "unit": 0.43, "difference": 0.53, "95 % interval": 0.64}
+        columns |= {"p": 0.85, "q": 0.91, "n": 0.97}
+        shown = for_people(result.spread_effects)
+        yield from _table_pages("What spreading through the network did", shown, columns)
+
+
+def _forest(figure: Figure, y: float, comparison: pd.DataFrame, space: float) -> float:
+    """One panel per unit from ``y`` downwards over ``space`` of the page's height; returns where it ends."""
+    groups = [(unit, rows) for unit, rows in comparison.groupby("unit", sort=False)]
     total = sum(len(rows) + 2.5 for _, rows in groups)
-    space = 0.50
     for unit, rows in groups:
         height = space * len(rows) / total
         axes = figure.add_axes((0.36, y - 0.015 - height, RIGHT - 0.36, height))
@@ -115,67 +178,162 @@ def _effects(result: Result, notice: str) -> Figure:
             if row.effect == row.effect:
                 if row.low == row.low:
                     axes.plot([row.low, row.high], [place, place], color="#222222", linewidth=1)
-                axes.plot(
-                    row.effect, place, "o", color=colour, fillstyle="full" if row.q < 0.05 else "none", markersize=6
-                )
+                filled = "full" if row.q < 0.05 else "none"
+                axes.plot(row.effect, place, "o", color=colour, fillstyle=filled, markersize=6)
         axes.axvline(0, color="#999999", linewidth=0.8, linestyle=":")
-        axes.set_yticks(list(places), [readable(name).replace("$", r"\$") for name in rows["readout"]], fontsize=7.5)
+        axes.set_yticks(list(places), [_plain(readable(name)) for name in rows["readout"]], fontsize=7.5)
         axes.set_ylim(-0.7, len(rows) - 0.3)
         axes.tick_params(axis="x", labelsize=7.5)
         axes.set_xlabel(f"Edited - unedited ({unit})", fontsize=8)
         y -= space * (len(rows) + 2.5) / total
-    y = _write(
-        figure, y - 0.01,
-        "Filled: q < 0.05. Lines: 95 % bootstrap intervals over noise seeds, and over cells where there are several. "
-        "They cover how much the model's answer varies, not other donors, repeated experiments or the model's errors.",
-        8.5, 112, color="#555555",
+    return y
+
+
+# A screen
+
+
+def _screen_first(screen: Screen, result: ScreenResult, question: str) -> Figure:
+    """Question, what was found, the volcano of the clearest readout, the ranking."""
+    from perturb.screen_report import headline, hits_first
+
+    figure = _page()
+    y = _write(figure, TOP, question, 15, 52, weight="bold")
+    y = _write(figure, y - 0.01, headline(result), 10, WIDTH)
+    if not result.complete:
+        y = _write(
+            figure, y - 0.004, "! This is a part: the screen was cancelled or is not finished.", 9, 104, color="#8a5a00"
+        )
+    rows, _, hits = hits_first(result)
+    if len(rows):
+        first = rows.sort_values("q", kind="stable")["readout"].iloc[0]
+        y = _volcano(figure, y, rows[rows["readout"] == first], first)
+    return _ranking(figure, y, screen, result)
+
+
+def _volcano(figure: Figure, y: float, rows: pd.DataFrame, readout: str) -> float:
+    axes = figure.add_axes((LEFT + 0.07, y - 0.34, RIGHT - LEFT - 0.07, 0.28))
+    height = -np.log10(rows["p"].to_numpy())
+    hit = ((rows["q"] < 0.05) & rows["replicated"].astype(bool)).to_numpy()
+    for kind, fill, colour in ((hit, "full", colour_of("CD8 T cell")), (~hit, "none", "#777777")):
+        axes.plot(rows["effect"].to_numpy()[kind], height[kind], "o", color=colour, fillstyle=fill, markersize=6)
+    for effect, top, name in zip(rows["effect"], height, rows["candidate"], strict=True):
+        axes.annotate(
+            _plain(_shortened(name, 24)), (effect, top), (0, 5), textcoords="offset points", fontsize=6.5, ha="center"
+        )
+    axes.axvline(0, color="#999999", linewidth=0.8, linestyle=":")
+    axes.margins(0.12, 0.15)
+    axes.set_title(f"{_plain(readable(readout))}; filled: q < 0.05 and replicated", fontsize=9, loc="left")
+    axes.set_xlabel(f"Edited - unedited ({rows['unit'].iloc[0]})", fontsize=8)
+    axes.set_ylabel("-log10 p", fontsize=8)
+    axes.tick_params(labelsize=7.5)
+    return y - 0.39
+
+
+def _ranking(figure: Figure, y: float, screen: Screen, result: ScreenResult) -> Figure:
+    axes = figure.add_axes((LEFT + 0.07, y - 0.27, RIGHT - LEFT - 0.07, 0.23))
+    score = result.guess[screen.readout].abs().to_numpy()
+    level = np.maximum(result.guess["level"].to_numpy(), 0.01)
+    hit = result.guess["q_matched"].to_numpy() < 0.05
+    drawn = np.arange(len(score)) < (result.confirmed["candidate"].nunique() if len(result.confirmed) else 0)
+    for part, colour in ((~drawn, "#999999"), (drawn, colour_of("CD8 T cell"))):
+        for kind, fill in ((hit, "full"), (~hit, "none")):
+            axes.plot(level[part & kind], score[part & kind], "o", color=colour, fillstyle=fill, markersize=4)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_title(
+        "All candidates, ranked without drawing; blue: drawn; filled: q < 0.05 against 30 of like expression",
+        fontsize=9, loc="left",
     )  # fmt: skip
-    _table(figure, y - 0.012, result.comparison)
+    axes.set_xlabel("Mean count of the edited genes", fontsize=8)
+    axes.set_ylabel("Guessed change", fontsize=8)
+    axes.tick_params(labelsize=7.5)
     return figure
 
 
-def _table(figure: Figure, y: float, comparison: pd.DataFrame) -> None:
-    columns = ("readout", "unit", "base", "edited", "effect", "low", "high", "p", "q", "n")
-    places = (0.0, 0.26, 0.37, 0.45, 0.53, 0.61, 0.69, 0.77, 0.84, 0.91)
-    step = 0.0128
-    for place, name in zip(places, columns, strict=True):
-        figure.text(LEFT + place * (RIGHT - LEFT), y, name, fontsize=7.5, weight="bold", va="top")
-    for i, row in enumerate(comparison[list(columns)].itertuples(index=False), start=1):
-        for place, value in zip(places, row, strict=True):
+def _screen_tables(screen: Screen, result: ScreenResult) -> Iterator[Figure]:
+    from perturb.screen_report import hits_first, labelled
+
+    rows, _, _ = hits_first(result)
+    if len(rows):
+        shown = for_people(rows).assign(replicated=np.where(rows["replicated"].astype(bool), "yes", "no"))
+        shown["n"] = [f"{n:.0f}" for n in shown["n"]]
+        columns = {"candidate": 0.0, "readout": 0.22, "unit": 0.42, "difference, first seeds": 0.5, "difference": 0.58}
+        columns |= {"95 % interval": 0.66, "p": 0.82, "q": 0.88, "n": 0.935, "replicated": 0.97}
+        names = {"difference, first seeds": "first", "difference": "further", "replicated": "repl."}
+        yield from _table_pages("Tested candidates and readouts, hits first", shown, columns, names)
+    columns = {"candidate": 0.0, screen.readout: 0.34, "level": 0.46, "shift_embedding": 0.54, "p_matched": 0.72}
+    columns |= {"q_matched": 0.84}
+    leading = labelled(result.guess.head(ROWS))
+    yield from _table_pages("The leading candidates of the ranking", leading, columns)
+
+
+# Both
+
+
+def _shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _table_pages(
+    title: str, table: pd.DataFrame, columns: dict[str, float], names: dict[str, str] | None = None
+) -> Iterator[Figure]:
+    """A table over as many pages as it needs."""
+    for start in range(0, min(len(table), MAX_ROWS), ROWS):
+        figure = _page()
+        y = _write(figure, TOP, title if start == 0 else f"{title}, continued", 14, 70, weight="bold")
+        _table(figure, y - 0.012, table.iloc[start : start + ROWS], columns, names)
+        if start + ROWS >= MAX_ROWS and len(table) > MAX_ROWS:
+            figure.text(LEFT, 0.04, f"{len(table) - MAX_ROWS} further rows are in the CSV.", fontsize=8)
+        yield figure
+
+
+def _table(
+    figure: Figure, y: float, table: pd.DataFrame, columns: dict[str, float], names: dict[str, str] | None = None
+) -> None:
+    """Rows at 7 points. ``columns``: which, and where each begins, as a share of the text's width."""
+    step, ends = 0.0128, [*list(columns.values())[1:], 1.06]
+    for name, place in columns.items():
+        title = (names or {}).get(name, name).replace("_", " ")
+        figure.text(LEFT + place * (RIGHT - LEFT), y, title, fontsize=7.5, weight="bold", va="top")
+    for i, row in enumerate(table[list(columns)].itertuples(index=False, name=None), start=1):
+        for place, end, value in zip(columns.values(), ends, row, strict=True):
             text = str(value)
-            if isinstance(value, float) and value == value:
-                text = f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-            text = "undefined" if text == "nan" else text.replace("$", r"\$")
-            figure.text(LEFT + place * (RIGHT - LEFT), y - i * step, text, fontsize=7, va="top")
+            if isinstance(value, float):
+                text = "undefined" if value != value else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+            text = _shortened(text, int((end - place) * 128))
+            figure.text(LEFT + place * (RIGHT - LEFT), y - i * step, _plain(text), fontsize=7, va="top")
 
 
-def _text(result: Result, notice: str, cautions: tuple[str, ...]) -> list[Figure]:
-    """Cautions, provenance and recipe, over as many pages as they need."""
-    sample = result.recipe.sample
-    paragraphs = [
-        "Method",
-        "Raw counts were edited and embedded with scGPT without and with the edit, sharing the random draws of its "
-        "tokeniser. GE2Hist turned each embedding into an identity and a niche state, and a diffusion model "
-        f"({sample.solver}, {sample.steps} steps, guidance {sample.guidance:g}) drew H&E pictures at "
-        f"{result.um_per_px:g} um per pixel from the same noise in both arms. Nuclei were found and typed in the "
-        "pictures alone; density, composition and edge-corrected nearest-neighbour distance were compared in pairs. "
-        "p is a two-sided sign-flip p-value, q its Benjamini-Hochberg adjustment over the readouts.",
-        "",
-        "Read with care",
-        *(f"- {caution}" for caution in cautions),
-        "",
-        "Provenance",
-        f"recipe {result.recipe.hash}",
-        *(f"{name}: {value}" for name, value in result.provenance.items() if not isinstance(value, dict)),
-        "",
-        "Recipe",
-        json.dumps(result.recipe.to_dict(), ensure_ascii=False),
+def _sections(
+    recipe: Recipe,
+    facts: Sequence[tuple[str, str]],
+    method: str,
+    cautions: Sequence[str],
+    further: Sequence[tuple[str, Sequence[str]]],
+    candidates: Sequence[Perturbation] = (),
+) -> list[tuple[str, Sequence[str]]]:
+    """Title and paragraphs of what follows the numbers."""
+    return [
+        ("Read with care", [f"- {caution}" for caution in cautions]),
+        ("Method", [method]),
+        ("References", wording.references(recipe)),
+        ("Versions, hashes and seeds", [f"{name}: {value}" for name, value in facts]),
+        ("Licences", [f"{name}: {value}" for name, value in wording.licences(recipe, candidates)]),
+        *further,
     ]
-    lines = [line for text in paragraphs for line in (textwrap.wrap(text, 118) or [""])]
-    figures = []
+
+
+def _text(sections: Sequence[tuple[str, Sequence[str]]]) -> Iterator[Figure]:
+    """Sections of small text, over as many pages as they need."""
+    lines: list[tuple[str, bool]] = []
+    for title, paragraphs in sections:
+        wrapped = [line for text in paragraphs for line in (textwrap.wrap(text, 112) or [""])]
+        if len(lines) % LINES > LINES - 4:
+            lines += [("", False)] * (LINES - len(lines) % LINES)  # a title does not stand alone at the foot
+        lines += [(title, True), *((line, False) for line in wrapped), ("", False)]
+    step = 8 * 1.5 / 72 / A4[1]
     for start in range(0, len(lines), LINES):
-        figure = _page(notice)
-        body = "\n".join(lines[start : start + LINES]).replace("$", r"\$")
-        figure.text(LEFT, TOP, body, fontsize=8, va="top", linespacing=1.5)
-        figures.append(figure)
-    return figures
+        figure = _page()
+        for i, (line, bold) in enumerate(lines[start : start + LINES]):
+            figure.text(LEFT, TOP - i * step, _plain(line), fontsize=8, va="top", weight="bold" if bold else "normal")
+        yield figure

@@ -1,6 +1,7 @@
-"""``python -m perturb replay REPORT``: run a report's recipe again and say whether the numbers are the same.
+"""``python -m perturb replay REPORT``: run a report again and say whether the numbers are the same.
 
-A report is its folder, its ZIP or its HTML page; each holds the recipe and the table of effects.
+A report is the folder, ZIP or HTML page of a comparison or of a screen; each holds all that decides the result, and
+the tables that came out.
 """
 
 from __future__ import annotations
@@ -9,124 +10,341 @@ import argparse
 import io
 import json
 import re
+import tempfile
+import threading
 import zipfile
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from ge2hist_core.types import BadInput
+from ge2hist_core.types import BadInput, Cells
+from perturb.grn import Network, unpack_network
+from perturb.page import csv_bytes
 from perturb.recipe import Recipe
+from perturb.screen import Screen
 
-__all__ = ["Difference", "difference", "read_report"]
+if TYPE_CHECKING:
+    from ge2hist_core.model import GE2Hist
+    from perturb.cache import DiskCache
+    from perturb.run import Progress
 
-NUMBERS = ("base", "edited", "effect", "low", "high", "p", "q", "n")
+__all__ = ["Difference", "SavedReport", "difference", "parse_report", "read_report", "rerun"]
+
+TABLES = {
+    "comparison": ("readout",),
+    "spread_effects": ("contrast", "readout"),
+    "guess": ("candidate",),
+    "confirmed": ("candidate", "readout"),
+}
+"""Tables that are compared, and the columns that name their rows."""
 MAX_BYTES = 500_000_000
+MAX_PART_BYTES = 100_000_000
+"""Of one table or recipe inside a report."""
 SAME = 1e-9
 """Relative difference up to which two numbers are the same: CSV keeps all digits, other processors round otherwise."""
+CURE = "give the folder, ZIP or HTML page that a comparison or a screen wrote"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference between two tables of effects: ``value`` relative to the larger of both numbers.
+    """The largest difference between two sets of tables: ``value`` relative to the larger of both numbers.
 
-    ``where`` names readout and column; ``missing`` lists readouts that one table lacks.
+    ``where`` names row and column; ``missing`` lists rows and columns that one side lacks; ``n`` counts the rows
+    compared.
     """
 
     value: float
     where: str
     missing: tuple[str, ...]
+    n: int = 0
 
     @property
     def same(self) -> bool:
         return self.value <= SAME and not self.missing
 
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        if self.same:
+            return f"same: {self.n} rows, largest relative difference {self.value:.1g}"
+        lacking = ", ".join(self.missing[:5]) + (f" and {len(self.missing) - 5} more" if len(self.missing) > 5 else "")
+        only = f"only one run has {lacking}; " if self.missing else ""
+        return f"different: {only}largest relative difference {self.value:.3g}" + f" ({self.where})" * bool(self.where)
 
-def read_report(path: str | Path) -> tuple[Recipe, pd.DataFrame]:
-    """Recipe and table of effects of a report.
+
+@dataclass(frozen=True, eq=False)
+class SavedReport:
+    """A report as it was written.
+
+    Parameters
+    ----------
+    what: all that decides the result.
+    tables: by name, rows named as in ``TABLES``, columns of numbers alone.
+    network: through which the edits spread, or None.
+    versions: of the libraries that it was made with, and the code's fingerprint; empty where the report does not say.
+    """
+
+    what: Recipe | Screen
+    tables: dict[str, pd.DataFrame]
+    network: Network | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the comparison, or of what all candidates of the screen share."""
+        return self.what if isinstance(self.what, Recipe) else self.what.recipe
+
+
+def read_report(path: str | Path) -> SavedReport:
+    """A report on disk.
 
     Raises
     ------
     BadInput: not a report, or one too large to be one.
     """
     path = Path(path)
-    cure = "give the folder, ZIP or HTML page that a comparison wrote"
-    try:
+    with _explained(str(path)):
         if path.is_dir():
-            recipe, table = (path / name for name in ("recipe.json", "comparison.csv"))
-            return Recipe.from_json(recipe.read_text(encoding="utf-8")), _table(table.read_bytes())
+            return _of_files(_folder_part(path), str(path))
         if path.stat().st_size > MAX_BYTES:
-            raise BadInput(f"{path} has {path.stat().st_size / 1e6:.0f} MB, more than any report: {cure}.")
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                for name in ("recipe.json", "comparison.csv"):
-                    if archive.getinfo(name).file_size > MAX_BYTES:
-                        raise BadInput(f"{name} in {path} is larger than any report's: {cure}.")
-                recipe_text = archive.read("recipe.json").decode()
-                return Recipe.from_json(recipe_text), _table(archive.read("comparison.csv"))
+            raise BadInput(f"{path} has {path.stat().st_size / 1e6:.0f} MB, more than any report: {CURE}.")
+        return parse_report(path.read_bytes(), str(path))
+
+
+def parse_report(content: bytes, name: str) -> SavedReport:
+    """The bytes of a ZIP or HTML page; ``name`` is for messages.
+
+    Raises
+    ------
+    BadInput: not a report.
+    """
+    with _explained(name):
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                return _of_files(_zip_part(archive), name)
         found = re.search(
-            r'<script type="application/json" id="ge2hist">(.*?)</script>', path.read_text(encoding="utf-8"), re.DOTALL
+            r'<script type="application/json" id="ge2hist">(.*?)</script>', content.decode("utf-8"), re.DOTALL
         )
         if found is None:
-            raise BadInput(f"{path} is no report of GE2Hist: {cure}.")
-        value = json.loads(found[1])
-        return Recipe.from_json(json.dumps(value["recipe"])), _table(value["comparison"].encode())
-    except (OSError, UnicodeDecodeError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise BadInput(f"Cannot read the report {path} ({error}): {cure}.") from None
+            raise BadInput(f"{name} is no report of GE2Hist: {CURE}.")
+        return _of_page(json.loads(found[1]))
 
 
-def _table(content: bytes) -> pd.DataFrame:
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what a damaged report raises into one sentence; an archive raises half a dozen classes."""
+    archive = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+    text = (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError)
     try:
-        table = pd.read_csv(io.BytesIO(content), float_precision="round_trip")
-        return table.set_index("readout")[list(NUMBERS)].astype(np.float64)
+        yield
+    except (OSError, *archive, *text) as error:
+        raise BadInput(f"Cannot read the report {name} ({error}): {CURE}.") from None
+
+
+Part = Callable[[str], "bytes | None"]
+"""Content of a file of the report by its name, None where there is no such file."""
+
+
+def _folder_part(folder: Path) -> Part:
+    def read(name: str) -> bytes | None:
+        path = folder / name
+        if not path.is_file():
+            return None
+        if path.stat().st_size > MAX_PART_BYTES:
+            raise BadInput(f"{name} in {folder} is larger than any report's: {CURE}.")
+        return path.read_bytes()
+
+    return read
+
+
+def _zip_part(archive: zipfile.ZipFile) -> Part:
+    names = set(archive.namelist())
+
+    def read(name: str) -> bytes | None:
+        if name not in names:
+            return None
+        if archive.getinfo(name).file_size > MAX_PART_BYTES:
+            raise BadInput(f"{name} in the ZIP is larger than any report's: {CURE}.")
+        return archive.read(name)
+
+    return read
+
+
+def _of_files(read: Part, name: str) -> SavedReport:
+    """A report in files."""
+    provenance = json.loads(read("provenance.json") or b"{}")
+    recipe, screen = read("recipe.json"), read("screen.json")
+    if recipe is None and screen is None:
+        raise BadInput(f"{name} holds neither recipe.json nor screen.json: {CURE}.")
+    tables = {one: content for one in TABLES if (content := read(f"{one}.csv")) is not None}
+    what: Recipe | Screen
+    if recipe is not None:
+        what = Recipe.from_json(recipe.decode())
+    else:
+        what = Screen.from_dict(json.loads(screen or b""))
+        _whole(provenance.get("complete"))
+    network = read("network.json")
+    packed = None if network is None else json.loads(network)
+    return _saved(what, tables, provenance, packed)
+
+
+def _of_page(value: dict[str, Any]) -> SavedReport:
+    """What a page carries for this module."""
+    tables = {one: value[one].encode() for one in TABLES if one in value}
+    provenance = value.get("provenance", {})
+    if "screen" in value:
+        _whole(value.get("complete"))
+        return _saved(Screen.from_dict(value["screen"]), tables, provenance, None)
+    return _saved(Recipe.from_json(json.dumps(value["recipe"])), tables, provenance, value.get("network"))
+
+
+def _whole(complete: object) -> None:
+    if complete is not True:
+        raise BadInput("This is the report of a screen that was not finished: finish the screen and write it again.")
+
+
+def _saved(
+    what: Recipe | Screen, tables: dict[str, bytes], provenance: dict[str, Any], network: dict[str, Any] | None
+) -> SavedReport:
+    wanted = ("comparison",) if isinstance(what, Recipe) else ("guess", "confirmed")
+    for name in wanted:
+        if name not in tables:
+            raise BadInput(f"The report has no table {name}.csv: {CURE}.")
+    versions = {"code": provenance["engine"]} | provenance["versions"] if "engine" in provenance else {}
+    return SavedReport(
+        what,
+        {name: _table(name, content) for name, content in tables.items()},
+        None if network is None else unpack_network(network),
+        {str(name): str(version) for name, version in versions.items()},
+    )
+
+
+def _table(name: str, content: bytes) -> pd.DataFrame:
+    """Numbers of a table, its rows named."""
+    try:
+        table = pd.read_csv(io.BytesIO(content), float_precision="round_trip", keep_default_na=False, na_values=[""])
+        keys = table[list(TABLES[name])].astype(str).agg(", ".join, axis=1) if len(table) else []
+        numbers = table.select_dtypes(["number", "bool"]).astype(np.float64)
+        return numbers.set_index(pd.Index(keys, dtype=object))
     except (ValueError, KeyError) as error:
-        raise BadInput(f"The report's comparison.csv is damaged ({error}): write the report again.") from None
+        raise BadInput(f"The report's {name}.csv is damaged ({error}): write the report again.") from None
+
+
+def rerun(
+    saved: SavedReport,
+    model: GE2Hist,
+    cells: Cells,
+    *,
+    cache: DiskCache | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    cancel: threading.Event | None = None,
+) -> Difference:
+    """Run a report again, from nothing, and compare.
+
+    Parameters
+    ----------
+    cells: of the recipe's file, as :func:`perturb.run.cells_for` gives them.
+    cache: what comes out of a comparison is kept in it; nothing is taken from it.
+
+    Raises
+    ------
+    BadInput: as :func:`perturb.run.run`. ge2hist_core.sampler.Stopped: cancelled.
+    """
+    from perturb.cache import DiskCache
+    from perturb.result import store_result
+    from perturb.run import run
+    from perturb.screen import run_screen
+
+    if isinstance(saved.what, Recipe):
+        result = run(saved.what, model, cells, network=saved.network, on_progress=on_progress, cancel=cancel)
+        if cache is not None:
+            for name, arm in result.arms.items():
+                cache.store_arrays(saved.what.arms[name].hash, arm.to_arrays())
+            store_result(result, cache)
+        after = {name: getattr(result, name) for name in saved.tables if hasattr(result, name)}
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            found = run_screen(saved.what, model, cells, DiskCache(folder), on_progress=on_progress, cancel=cancel)
+        after = {"guess": found.guess, "confirmed": found.confirmed}
+    # Through the same text form, so that names and digits are treated alike.
+    tables = {name: _table(name, csv_bytes(table)) for name, table in after.items()}
+    return _largest({name: difference(table, tables[name]) for name, table in saved.tables.items() if name in tables})
 
 
 def difference(before: pd.DataFrame, after: pd.DataFrame) -> Difference:
-    """Compare two tables of effects, both indexed by readout with the columns ``NUMBERS``."""
-    missing = tuple(sorted(set(before.index) ^ set(after.index)))
-    shared = [name for name in before.index if name in after.index]
-    a, b = before.loc[shared, list(NUMBERS)].to_numpy(), after.loc[shared, list(NUMBERS)].to_numpy()
+    """Compare two tables of numbers, rows and columns by their names."""
+    missing = (*sorted(set(before.index) ^ set(after.index)), *sorted(set(before.columns) ^ set(after.columns)))
+    rows = [name for name in dict.fromkeys(before.index) if name in after.index]
+    columns = [name for name in before.columns if name in after.columns]
+    a, b = before.loc[rows, columns].to_numpy(dtype=float), after.loc[rows, columns].to_numpy(dtype=float)
+    if a.shape != b.shape:
+        return Difference(float("inf"), "a row that is there twice", missing, len(rows))
     gap = np.abs(a - b) / np.maximum(np.maximum(np.abs(a), np.abs(b)), 1e-12)
-    gap[np.isnan(a) & np.isnan(b)] = 0.0
+    gap[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0
     gap[np.isnan(gap)] = np.inf  # defined on one side alone
     if not gap.size:
-        return Difference(0.0, "", missing)
+        return Difference(0.0, "", missing, len(rows))
     row, column = np.unravel_index(int(gap.argmax()), gap.shape)
-    return Difference(float(gap[row, column]), f"{shared[row]}, {NUMBERS[column]}", missing)
+    return Difference(float(gap[row, column]), f"{rows[row]}, {columns[column]}", missing, len(rows))
+
+
+def _largest(found: dict[str, Difference]) -> Difference:
+    """The differences of several tables as one."""
+    worst = max(found.values(), key=lambda one: one.value)
+    missing = tuple(f"{table}: {name}" for table, one in found.items() for name in one.missing)
+    return Difference(
+        worst.value, worst.where if worst.value > 0 else "", missing, sum(one.n for one in found.values())
+    )
+
+
+def changed_versions(saved: SavedReport) -> str:
+    """What is another version here than where the report was written, as a clause; empty where nothing is."""
+    import importlib.metadata
+    import platform
+
+    from perturb.cache import engine_fingerprint
+
+    def here(name: str) -> str:
+        if name in ("python", "code"):
+            return platform.python_version() if name == "python" else engine_fingerprint()
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "absent"
+
+    changed = [f"{name} {was}, here {here(name)}" for name, was in saved.versions.items() if here(name) != was]
+    return f"The report was made with {'; '.join(changed)}." if changed else ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``python -m perturb replay``."""
-    parser.add_argument("report", help="folder, ZIP or HTML page of a comparison")
+    parser.add_argument("report", help="folder, ZIP or HTML page of a comparison or screen")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
     parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="the h5ad that the report was made with")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the recipe again; returns 0 for the same numbers, 1 for others.
+    """Run the report again; returns 0 for the same numbers, 1 for others.
 
     Raises
     ------
     BadInput: a report, bundle or data file that cannot be used, or that do not belong together.
     """
-    import tempfile
+    from perturb.run import open_recipe, print_progress
 
-    from perturb.run import open_recipe, print_progress, run
-
-    recipe, before = read_report(args.report)
+    saved = read_report(args.report)
     with tempfile.TemporaryDirectory() as folder:
         args.recipe = Path(folder) / "recipe.json"
-        args.recipe.write_text(recipe.to_json(), encoding="utf-8")
+        args.recipe.write_text(saved.recipe.to_json(), encoding="utf-8")
         _, model, cells = open_recipe(args)
-    after = run(recipe, model, cells, on_progress=print_progress()).comparison
-    found = difference(before, after.set_index("readout")[list(NUMBERS)].astype(np.float64))
-    if found.same:
-        print(f"same: {len(before)} readouts, largest relative difference {found.value:.1g}")
-        return 0
-    if found.missing:
-        print(f"different: only one run has {', '.join(found.missing)}")
-    print(f"different: largest relative difference {found.value:.3g} ({found.where})")
-    return 1
+    found = rerun(saved, model, cells, on_progress=print_progress())
+    print(found.verdict)
+    if not found.same and (why := changed_versions(saved)):
+        print(why)
+    return 0 if found.same else 1

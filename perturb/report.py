@@ -1,184 +1,200 @@
-"""Result -> files to take home: one self-contained HTML page, CSV tables, PNG pictures, the recipe.
+"""Result -> files to take home: one self-contained HTML page, PDF, CSV tables, h5ad, PNG pictures, the recipe.
 
-The page opens without a network and is bound to that by its content security policy: nothing is loaded from anywhere,
-and of all scripts only the two below run, known by their hash. The same result gives the same bytes.
+The same result gives the same bytes. How pages, CSV and ZIP are made is in :mod:`perturb.page`, what they say in
+:mod:`perturb.wording`.
 """
 
 from __future__ import annotations
 
 import base64
-import functools
-import hashlib
-import io
-import json
-import re
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from ge2hist_core.config import READER_CLASSES
-from ge2hist_core.files import atomic_path
 from ge2hist_core.niche import enrichment
-from ge2hist_core.types import Niche
-from perturb import charts, pictures
-from perturb.edits import Edit, EditSet
+from ge2hist_core.types import Cells, Niche
+from perturb import charts, pictures, wording
+from perturb.grn import pack_network
+from perturb.page import Table, csv_bytes, for_people, json_bytes, json_lines, readme, render, write_files, zip_of
 from perturb.result import TABLES, Result
 from perturb.tables import LEVEL
+from perturb.wording import NOTICE, Origin
 
-__all__ = ["csv_bytes", "html", "pdf", "report_files", "write_report", "zip_bytes"]
+__all__ = ["csv_bytes", "h5ad", "html", "pdf", "report_files", "write_report", "zip_bytes"]
 
-NOTICE = "Generated, not diagnostic"
-CAUTIONS = (
-    "These pictures are generated. They are no tissue, no diagnosis and no evidence that an experiment would turn out "
-    "alike.",
-    "A difference says how this model's picture depends on the gene's count, which mixes cause and correlation in its "
-    "training data.",
-    "The encoder ranks counts within a cell: an edit that changes no rank changes nothing, and one that moves many "
-    "ranks may act through them.",
-    "The reader miscounts and mistypes some nuclei, in both arms; its measured errors are in the model card.",
-)
-EPOCH = (1980, 1, 1, 0, 0, 0)
 FEW_CELLS = 4
 """Cells whose pictures the page shows; the others are among the files."""
 
-DRAW_CHARTS = """
-const figures = JSON.parse(document.getElementById("figures").textContent);
-for (const [id, figure] of Object.entries(figures))
-  Plotly.newPlot(id, figure.data, figure.layout, {displaylogo: false, responsive: true});
-"""
+ARMS = {"base": "unedited", "edited": "edited", "direct": "direct", "control": "control"}
+"""Arms by the word that stands in the names of their pictures."""
+
+SHOWN = {
+    "spread_effects": "What spreading through the network did: paired differences between the arms, the control being "
+    "networks of random wiring",
+    "edits": "What the encoder sees of each edited gene (bin 0: not seen, 50: the cell's highest)",
+    "spread": "Genes that the network moved, with the bins that the encoder sees",
+    "states": "The cells before (base) and after (edited): type read by the model, its probability, support p-value, "
+    "distance moved",
+}
+"""Tables of a result that the page shows below the effects, with their captions; empty ones are left out.
+Every table of ``perturb.result.TABLES`` is among the files as CSV without further ado."""
+
+FILES = {
+    "report.html": "this report as one page, interactive, needs no network",
+    "report.pdf": "the same for print and mail",
+    "recipe.json": "what was done: `python -m perturb run recipe.json --out DIR` does it again",
+    "provenance.json": "versions and hashes that the numbers were made with",
+    "network.json": "the network through which the edits were spread",
+    "result.h5ad": "counts, embeddings, z_c and z_e of each arm and cell, readouts in obs, for scanpy",
+    "comparison.csv": "paired effect of the edit on each readout, with interval, p and q",
+    "summary.csv": "mean of each readout in each arm, with interval",
+    "readouts.csv": "every readout of every picture",
+    "states.csv": "type, probability, support and distance moved of each cell",
+    "edits.csv": "what the encoder sees of each edited gene",
+    "spread.csv": "genes that the network moved",
+    "spread_effects.csv": "what spreading through the network did",
+    "nuclei.csv": "every nucleus found: position and area in um, type, probability",
+    "enrichment.csv": "which types are neighbours more often than by chance, per picture",
+    "pictures/": "every picture at full size, marked as generated, the recipe inside",
+}
+"""What stands in README.txt for each file that there is."""
 
 
 def html(result: Result) -> str:
     """The report as one page."""
-    plotly = _plotly()
+    recipe, origin = result.recipe, Origin.of_result(result)
+    n_cells, n_seeds = len(recipe.cell_ids), len(recipe.seeds)
+    several = n_cells > 1
     figures = {
         "effects": charts.effects(result.comparison),
         "density": charts.density(result.summary),
         "composition": charts.composition(result.summary),
         "spacing": charts.spacing(result.readouts, result.summary),
     }
-    data = "{" + ",".join(f'"{name}":{figure.to_json()}' for name, figure in figures.items()) + "}"
-    recipe = result.recipe
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            notice=NOTICE,
-            cautions=CAUTIONS,
-            question=_question(result),
-            result=result,
-            n_seeds=len(recipe.seeds),
-            n_cells=len(recipe.cell_ids),
-            level=f"{100 * LEVEL:g} %",
-            cells=[_cell_pictures(result, c) for c in range(min(FEW_CELLS, len(recipe.cell_ids)))],
-            more_cells=max(0, len(recipe.cell_ids) - FEW_CELLS),
-            charts=list(figures),
-            comparison=_readable(result.comparison),
-            edits=_readable(result.edits),
-            states=_readable(result.states),
-            recipe_json=json.dumps(recipe.to_dict(), indent=1, ensure_ascii=False),
-            provenance=_flat(result.provenance),
-            card=result.model_card,
-            machine=Markup(_machine(result).replace("<", "\\u003c")),
-            figures=Markup(data.replace("<", "\\u003c")),  # no text inside can end the script element
-            plotly=Markup(plotly),
-            draw=Markup(DRAW_CHARTS),
-            hashes=Markup(" ".join(f"'sha256-{_sha256(script)}'" for script in (plotly, DRAW_CHARTS))),
-        )
+    over = "cells and seeds" if several else "seeds"
+    return render(
+        "report.html.j2",
+        figures,
+        _machine(result),
+        question=wording.question(recipe),
+        warnings=result.warnings,
+        cautions=wording.CAUTIONS,
+        method=wording.method(result),
+        references=wording.references(recipe),
+        licences=wording.licences(recipe),
+        provenance=wording.facts(recipe, origin),
+        card=result.model_card,
+        n_seeds=n_seeds,
+        n_cells=n_cells,
+        n_units=n_cells if several else n_seeds,
+        smallest_p=f"{wording.smallest_p(n_cells if several else n_seeds):.2g}",
+        level=f"{100 * LEVEL:g} %",
+        cells=[_cell_pictures(result, c) for c in range(min(FEW_CELLS, n_cells))],
+        more_cells=max(0, n_cells - FEW_CELLS),
+        charts=list(figures),
+        comparison=Table.of(
+            for_people(result.comparison), f"Paired effect of the edit on each readout, mean over {over}"
+        ),
+        further=[Table.of(table, caption) for table, caption in _further(result)],
+        recipe_sha256=recipe.hash,
+        recipe_json=json_lines(recipe.to_dict()),
     )
 
 
 def pdf(result: Result) -> bytes:
     """The report as a PDF of a few A4 pages."""
-    from perturb.pdf import pdf_bytes
+    from perturb.pdf import result_pdf
 
-    return pdf_bytes(result, _question(result), NOTICE, CAUTIONS)
+    return result_pdf(result)
 
 
-def report_files(result: Result) -> dict[str, bytes]:
-    """Every file of the report by its relative name: report.html, recipe.json, ``*.csv``, ``pictures/*.png``."""
+def h5ad(result: Result, cells: Cells) -> bytes:
+    """Counts, embeddings, states and readouts of each arm and cell; see :func:`perturb.anndata_out.result_h5ad`."""
+    from perturb.anndata_out import result_h5ad
+
+    return result_h5ad(result, cells)
+
+
+def report_files(result: Result, cells: Cells | None = None) -> dict[str, bytes]:
+    """Every file of the report by its relative name; ``README.txt`` says what each holds.
+
+    Parameters
+    ----------
+    cells: those that the result was made from (:func:`perturb.run.cells_for`). A result does not hold counts, so
+        without them ``result.h5ad`` is left out, which README.txt says.
+
+    Raises
+    ------
+    BadInput: cells other than those of the result.
+    """
     files = {
         "report.html": html(result).encode(),
         "report.pdf": pdf(result),
-        "recipe.json": (json.dumps(result.recipe.to_dict(), indent=1, ensure_ascii=False) + "\n").encode(),
+        "recipe.json": json_bytes(result.recipe.to_dict()),
+        "provenance.json": json_bytes({"notice": NOTICE, "recipe_sha256": result.recipe.hash} | result.provenance),
         "nuclei.csv": csv_bytes(_nuclei(result)),
         "enrichment.csv": csv_bytes(_enrichment(result)),
-    } | {f"{name}.csv": csv_bytes(getattr(result, name)) for name in TABLES}
+    } | {f"{name}.csv": csv_bytes(getattr(result, name)) for name in TABLES if _holds(result, name)}
+    if result.network is not None:
+        files["network.json"] = json_bytes(pack_network(result.network))
+    if cells is not None:
+        files["result.h5ad"] = h5ad(result, cells)
     n = len(result.recipe.seeds)
-    for arm, title in (("base", "unedited"), ("edited", "edited")):
-        for i, niche in enumerate(getattr(result, arm)):
-            name = f"pictures/cell{i // n + 1:03d}_seed{niche.seed}_{title}.png"
-            files[name] = _png(result, niche, result.recipe.cell_ids[i // n], title)
-    return files
-
-
-def zip_bytes(result: Result) -> bytes:
-    """All files of the report as one ZIP; the same result gives the same bytes."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in report_files(result).items():
-            archive.writestr(zipfile.ZipInfo(name, EPOCH), content, zipfile.ZIP_DEFLATED)
-    return out.getvalue()
-
-
-def write_report(result: Result, out_dir: str | Path) -> list[Path]:
-    """Write every file of the report under ``out_dir``; other files there stay. Returns the paths, the page first."""
-    paths = []
-    for name, content in report_files(result).items():
-        path = Path(out_dir) / name
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content)
-        paths.append(path)
-    return paths
-
-
-@functools.cache
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return get_plotlyjs().replace("</script", "<\\/script")
-
-
-def _sha256(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    for arm, title, i, niche, _ in _drawn(result):
+        name = f"pictures/cell{i // n + 1:03d}_seed{niche.seed}_{title}.png"
+        files[name] = _png(result, niche, result.recipe.cell_ids[i // n], ARMS[arm])
+    said = {name: text for name, text in FILES.items() if name in files or name == "pictures/"}
+    left_out = (
+        ""
+        if cells is not None
+        else "result.h5ad is left out: the cells were not at hand when this report was written. "
     )
-    return environment
+    further = f"{left_out}Every number and picture here comes from a generative model. It is no measurement."
+    return files | {"README.txt": readme(wording.question(result.recipe), said, further)}
 
 
-def _number(value: object) -> str:
-    """A table entry for people: four significant digits or whole, "undefined" for NaN."""
-    if isinstance(value, float):
-        return "undefined" if value != value else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
-    return str(value)
+def zip_bytes(result: Result, cells: Cells | None = None) -> bytes:
+    """All files of the report as one ZIP; ``cells`` as there. The same result gives the same bytes."""
+    return zip_of(report_files(result, cells))
 
 
-def _in_words(edit: Edit | EditSet) -> str:
-    if isinstance(edit, EditSet):
-        dose = "" if edit.dose is None else f" at dose {edit.dose:g}"
-        return f"{edit.name}{dose} acts on {len(edit.edits)} genes"
-    if edit.kind == "ko":
-        return f"{edit.gene} is knocked out"
-    if edit.kind == "factor":
-        return f"{edit.gene} is set to {100 * edit.amount:g} % of its counts"
-    if edit.kind == "percentile":
-        return f"{edit.gene} is set to percentile {edit.amount:g} of the cell's type"
-    return f"{edit.gene} is set to {edit.amount:g} counts"
+def write_report(result: Result, out_dir: str | Path, cells: Cells | None = None) -> list[Path]:
+    """Write every file of the report under ``out_dir``; other files there stay. Returns the paths, the page first."""
+    return write_files(report_files(result, cells), out_dir)
 
 
-def _question(result: Result) -> str:
-    cells, edits = result.recipe.cell_ids, result.recipe.perturbation.parts
-    subject = f"cell {cells[0]}" if len(cells) == 1 else f"{len(cells)} cells"
-    what = "when " + ", then ".join(map(_in_words, edits)) if edits else "when nothing is edited"
-    return f"How does the model draw the niche of {subject} {what}?"
+def _holds(result: Result, name: str) -> bool:
+    """Whether a result has this table; the tables of spreading are there only where edits spread."""
+    return not name.startswith("spread") or result.network is not None
+
+
+def _further(result: Result) -> Iterator[tuple[pd.DataFrame, str]]:
+    for name, caption in SHOWN.items():
+        table = getattr(result, name)
+        if len(table):
+            yield (for_people(table) if "readout" in table else table), caption
+
+
+def _machine(result: Result) -> dict[str, Any]:
+    """What :mod:`perturb.replay` reads from the page: recipe, effects and what they were made with."""
+    tables = [name for name in ("comparison", "spread_effects") if _holds(result, name)]
+    network = {} if result.network is None else {"network": pack_network(result.network)}
+    return {
+        "recipe": result.recipe.to_dict(),
+        "provenance": result.provenance,
+        **{name: csv_bytes(getattr(result, name)).decode() for name in tables},
+    } | network
+
+
+def _drawn(result: Result) -> Iterator[tuple[str, str, int, Niche, pd.DataFrame]]:
+    """Arm, its title, place in the arm, picture and nuclei of every picture, arm by arm."""
+    seeds = result.recipe.seeds
+    for name, arm in result.arms.items():
+        for i, (image, nuclei) in enumerate(zip(arm.images, arm.nuclei, strict=True)):
+            yield name, ARMS[name], i, Niche(image, result.um_per_px, seeds[i % len(seeds)], generated=True), nuclei
 
 
 def _png(result: Result, niche: Niche, cell_id: str, arm: str) -> bytes:
@@ -229,52 +245,19 @@ def _cell_pictures(result: Result, cell: int) -> dict[str, Any]:
 
 def _nuclei(result: Result) -> pd.DataFrame:
     n, parts = len(result.recipe.seeds), []
-    for arm, tables in (("base", result.base_nuclei), ("edited", result.edited_nuclei)):
-        for i, table in enumerate(tables):
-            cell, seed = result.recipe.cell_ids[i // n], result.recipe.seeds[i % n]
-            parts.append(table.assign(arm=arm, cell_id=cell, seed=seed))
+    for arm, _, i, niche, table in _drawn(result):
+        parts.append(table.assign(arm=arm, cell_id=result.recipe.cell_ids[i // n], seed=niche.seed))
     table = pd.concat(parts, ignore_index=True)
     return table[["arm", "cell_id", "seed", *table.columns.difference(["arm", "cell_id", "seed"], sort=False)]]
-
-
-def _machine(result: Result) -> str:
-    """What :mod:`perturb.replay` reads from the page: recipe and effects as JSON."""
-    return json.dumps({"recipe": result.recipe.to_dict(), "comparison": csv_bytes(result.comparison).decode()})
 
 
 def _enrichment(result: Result) -> pd.DataFrame:
     """Which types are neighbours more often than by chance, per picture: see :func:`ge2hist_core.niche.enrichment`."""
     n, parts = len(result.recipe.seeds), []
-    for arm, niches, tables in (
-        ("base", result.base, result.base_nuclei),
-        ("edited", result.edited, result.edited_nuclei),
-    ):
-        for i, (niche, nuclei) in enumerate(zip(niches, tables, strict=True)):
-            height, width = (side * niche.um_per_px for side in niche.image.shape[:2])
-            table = enrichment(nuclei, (width, height), READER_CLASSES, n_permutations=200)
-            table = table[table["observed"] + table["expected"] > 0]
-            parts.append(table.assign(arm=arm, cell_id=result.recipe.cell_ids[i // n], seed=niche.seed))
+    for arm, _, i, niche, nuclei in _drawn(result):
+        height, width = (side * niche.um_per_px for side in niche.image.shape[:2])
+        table = enrichment(nuclei, (width, height), READER_CLASSES, n_permutations=200)
+        table = table[table["observed"] + table["expected"] > 0]
+        parts.append(table.assign(arm=arm, cell_id=result.recipe.cell_ids[i // n], seed=niche.seed))
     table = pd.concat(parts, ignore_index=True)
     return table[["arm", "cell_id", "seed", "type_a", "type_b", "observed", "expected", "z"]]
-
-
-def csv_bytes(table: pd.DataFrame) -> bytes:
-    """CSV whose text entries no spreadsheet takes for a formula."""
-    safe = table.copy()
-    for name in safe.select_dtypes("object").columns:
-        safe[name] = [re.sub(r"^(?=[=+\-@\t\r])", "'", str(value)) for value in safe[name]]
-    return safe.to_csv(index=False, lineterminator="\n").encode()
-
-
-def _readable(table: pd.DataFrame) -> dict[str, Any]:
-    return {
-        "columns": [name.replace("_", " ") for name in table.columns],
-        "rows": [[_number(value) for value in row] for row in table.itertuples(index=False, name=None)],
-    }
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key, item in value.items():
-        rows += _flat(item, f"{prefix}{key} ") if isinstance(item, dict) else [(prefix + key, str(item))]
-    return rows

@@ -299,5 +299,5 @@ def main(args: argparse.Namespace) -> None:
     recipe, model, cells = open_recipe(args)
     cache = DiskCache(args.cache) if args.cache else None
     result = run(recipe, model, cells, network=network, cache=cache, on_progress=print_progress())
-    for path in write_report(result, args.out):
+    for path in write_report(result, args.out, cells):
         print(path)

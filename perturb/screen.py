@@ -41,7 +41,17 @@ if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
     from perturb.cache import DiskCache
 
-__all__ = ["Screen", "ScreenResult", "confirm", "guess", "knock_outs", "load_screen", "run_screen", "signature_edits"]
+__all__ = [
+    "Screen",
+    "ScreenResult",
+    "agreement",
+    "confirm",
+    "guess",
+    "knock_outs",
+    "load_screen",
+    "run_screen",
+    "signature_edits",
+]
 
 MATCHED = 30
 """Genes of like expression in the null of a gene."""
@@ -84,6 +94,8 @@ class Screen:
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise BadInput(f"The screen has the candidate {twice} twice: give it once.")
+        if self.recipe.propagation is not None:
+            raise BadInput("A screen draws direct edits: leave the recipe's propagation out.")
         if self.keep < 1:
             raise BadInput(f"keep is {self.keep}: draw at least one candidate.")
         for name in ("first_seeds", "further_seeds"):
@@ -108,6 +120,46 @@ class Screen:
             "readout": self.readout,
         }
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, as in a report's screen.json."""
+        return {
+            "recipe": replace(self.recipe, seeds=(0,)).to_dict(),
+            "candidates": [str(candidate) for candidate in self.candidates],
+            "keep": self.keep,
+            "first_seeds": list(self.first_seeds),
+            "further_seeds": list(self.further_seeds),
+            "readout": self.readout,
+        }
+
+    @classmethod
+    def from_dict(cls, value: object) -> Screen:
+        """Inverse of :meth:`to_dict`.
+
+        Raises
+        ------
+        BadInput: an unknown, missing or malformed field.
+        """
+        names = ("recipe", "candidates", "keep", "first_seeds", "further_seeds", "readout")
+        cure = "give a screen.json that GE2Hist wrote"
+        if not isinstance(value, dict):
+            raise BadInput(f"The screen is no table of fields: {cure}.")
+        for name in (*names, *value):
+            if name not in value or name not in names:
+                raise BadInput(f"The screen has {'an unknown' if name in value else 'no'} field {name!r}: {cure}.")
+        for name, kind in (("candidates", str), ("first_seeds", int), ("further_seeds", int)):
+            if not isinstance(value[name], list) or not all(type(part) is kind for part in value[name]):
+                raise BadInput(f"{name} of the screen is no list of {'texts' if kind is str else 'numbers'}: {cure}.")
+        if type(value["keep"]) is not int or not isinstance(value["readout"], str):
+            raise BadInput(f"keep or readout of the screen is of another type: {cure}.")
+        return cls(
+            recipe=Recipe.from_json(json.dumps(value["recipe"])),
+            candidates=tuple(map(Perturbation.parse, value["candidates"])),
+            keep=value["keep"],
+            first_seeds=tuple(value["first_seeds"]),
+            further_seeds=tuple(value["further_seeds"]),
+            readout=value["readout"],
+        )
 
     @property
     def edited_pictures(self) -> int:
@@ -272,6 +324,22 @@ def _matched_p(score: np.ndarray, level: np.ndarray) -> np.ndarray:
         others = np.argsort(gap, kind="stable")[:MATCHED]
         p[i] = ((score[others] >= score[i]).sum() + 1) / (MATCHED + 1)
     return p
+
+
+def agreement(result: ScreenResult, readout: str) -> tuple[float, int] | None:
+    """Spearman correlation of guessed and drawn change (first seeds) over the drawn candidates, and their number.
+
+    None for a readout that is not guessed, or fewer than four candidates.
+    """
+    from scipy.stats import spearmanr
+
+    if readout not in result.guess or not len(result.confirmed):
+        return None
+    drawn = result.confirmed[result.confirmed["readout"] == readout].set_index("candidate")["first_effect"].dropna()
+    guessed = result.guess.set_index("candidate")[readout].reindex(drawn.index)
+    if len(drawn) < 4 or guessed.nunique() < 2 or drawn.nunique() < 2:
+        return None
+    return float(spearmanr(guessed, drawn).statistic), len(drawn)
 
 
 def confirm(screen: Screen, ranked: pd.DataFrame, draw: Draw) -> Iterator[pd.DataFrame]:
@@ -471,7 +539,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--edit", default="", help="edits made before each candidate")
     parser.add_argument("--keep", type=int, default=20, help="candidates to draw")
     parser.add_argument("--readout", default="shift", help="rank by shift, density or fraction:TYPE")
-    parser.add_argument("--out", required=True, help="folder for guess.csv and confirmed.csv")
+    parser.add_argument("--out", required=True, help="folder for report and tables")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
     parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="h5ad with raw counts")
     parser.add_argument("--cache", help="folder in which finished work is kept and looked up")
@@ -479,7 +547,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Screen and write both tables.
+    """Screen and write the report, both tables among its files.
 
     Raises
     ------
@@ -489,11 +557,11 @@ def main(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ge2hist_core.data import open_h5ad
-    from ge2hist_core.files import atomic_path
     from ge2hist_core.model import GE2Hist
     from perturb.cache import DiskCache
-    from perturb.report import csv_bytes
     from perturb.run import cells_for, print_progress
+    from perturb.screen_report import write_report
+    from perturb.wording import Origin
 
     model = GE2Hist.load(args.bundle)
     with open_h5ad(args.cells, model.scgpt.vocab) as source:
@@ -521,7 +589,5 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = DiskCache(args.cache or folder)
         result = run_screen(screen, model, cells, cache, draw=draw, on_progress=print_progress())
-    for name, table in (("guess.csv", result.guess), ("confirmed.csv", result.confirmed)):
-        with atomic_path(Path(args.out) / name) as temporary:
-            temporary.write_bytes(csv_bytes(table))
-        print(Path(args.out) / name)
+    for path in write_report(screen, result, Origin.of_model(model, cells), args.out):
+        print(path)

@@ -13,14 +13,18 @@ from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from ge2hist_core import rng
+from ge2hist_core.types import BadInput
 
 __all__ = [
     "EXACT_UP_TO",
     "Estimate",
     "bh_fdr",
     "bootstrap_mean",
+    "clustered_ratio",
     "crossed_effect",
     "crossed_mean",
+    "pairing_gain",
+    "seeds_for",
     "sign_flip_p",
 ]
 
@@ -187,3 +191,165 @@ def bh_fdr(p: np.ndarray) -> np.ndarray:
     ranks = np.arange(len(order), 0, -1)
     q[order] = np.minimum.accumulate(np.minimum(p[order] * len(order) / ranks, 1.0)) if len(order) else []
     return q
+
+
+# --- what pairing buys, how many seeds, cells of several donors -------------------------------------------------------
+
+
+def pairing_gain(base: np.ndarray, edited: np.ndarray) -> float:
+    """Share of the variance of an effect that common noise removes, at most 1.
+
+    ``1 - var(edited - base) / (var(base) + var(edited))``: the denominator is the variance that a difference between
+    pictures of unrelated noise would have. 0.75 means that four times as many unpaired seeds would be needed; below 0
+    pairing harms. Variances run over the seeds of a cell and are pooled over the cells, since cells differ in either
+    design.
+
+    Parameters
+    ----------
+    base, edited: ``[cell, seed]`` in the same unit and order. A pair with NaN on either side is left out.
+
+    Returns
+    -------
+    NaN where no cell has two pairs, or neither arm varies.
+
+    Raises
+    ------
+    ValueError: arrays of different shape.
+
+    Examples
+    --------
+    >>> pairing_gain(np.array([[1.0, 2.0, 3.0]]), np.array([[2.0, 3.0, 4.0]]))
+    1.0
+    """
+    base, edited = np.asarray(base, dtype=np.float64), np.asarray(edited, dtype=np.float64)
+    if base.shape != edited.shape or base.ndim != 2:
+        raise ValueError(f"pairs need two [cell, seed] arrays, got shapes {base.shape} and {edited.shape}")
+    paired = np.isfinite(base) & np.isfinite(edited)
+
+    def within(values: np.ndarray) -> float:
+        values = np.where(paired, values, np.nan)
+        return float(np.where(paired, (values - _row_means(values)[:, None]) ** 2, 0.0).sum())
+
+    unpaired = within(base) + within(edited)
+    return 1.0 - within(edited - base) / unpaired if unpaired > 0 else float("nan")
+
+
+def seeds_for(difference: np.ndarray, half_width: float, level: float = 0.95) -> int | None:
+    r"""How many more seeds narrow the interval of an effect to +- ``half_width``, if the spread stays as it is.
+
+    With one cell: the least ``N`` with ``t(N - 1) s / sqrt(N) <= half_width``, ``s`` the standard deviation of the
+    paired differences, minus the seeds at hand. With several cells: more seeds narrow only the part of the interval
+    that comes from seeds. With the variance components of a crossed design without replication (mean squares of cells,
+    seeds and rest), the half-width at ``S`` seeds is
+    :math:`t_{C-1}\sqrt{\sigma_c^2/C + \sigma_s^2/S + \sigma_r^2/(CS)}`. Where some seeds gave no value, as many
+    more are drawn in proportion.
+
+    ``s`` is itself an estimate: from 8 seeds it is off by a quarter as a rule, and the number by half.
+
+    Parameters
+    ----------
+    difference: ``[seed]`` or ``[cell, seed]``, edited - base; NaN (undefined readout) is left out.
+    half_width: wanted, in the unit of the differences.
+
+    Returns
+    -------
+    0 where the interval is narrow enough already; None where it cannot be said (fewer than two differences), or where
+    no number of seeds suffices because the cells differ: then more cells are needed.
+
+    Raises
+    ------
+    BadInput: a half-width that is not above 0.
+
+    Examples
+    --------
+    >>> seeds_for(np.array([-1.0, 1.0, -1.0, 1.0]), 1.0)  # s = 1.155, t(7) s / sqrt(8) = 0.965
+    4
+    """
+    if not (np.isfinite(half_width) and half_width > 0):
+        raise BadInput(f"The half-width is {half_width!r}: give a number above 0 in the readout's unit.")
+    values = np.atleast_2d(np.asarray(difference, dtype=np.float64))
+    values = values[np.isfinite(values).any(axis=1)]
+    defined = np.isfinite(values)
+    if not defined.any():
+        return None
+    n_cells, drawn = values.shape
+    if n_cells == 1:
+        found = values[defined]
+        if len(found) < 2:
+            return None
+        wanted = _least_n(float(found.std(ddof=1)), half_width, level)
+        wanted = int(np.ceil(wanted * drawn / len(found)))
+    else:
+        values = values[:, defined.any(axis=0)]
+        n_seeds = values.shape[1]
+        if n_seeds < 2:
+            return None
+        cell, seed, rest = _components(values)
+        room = (half_width / student_t.ppf((1 + level) / 2, n_cells - 1)) ** 2 - cell / n_cells
+        per_seed = seed + rest / n_cells
+        if per_seed > 0 and room <= 0:
+            return None
+        wanted = int(np.ceil(per_seed / room * drawn / n_seeds)) if per_seed > 0 else 0
+    return max(0, wanted - drawn)
+
+
+def _least_n(s: float, half_width: float, level: float) -> int:
+    """Least n of at least 2 with ``t(n - 1) s / sqrt(n) <= half_width``, by bisection: the left side falls with n."""
+
+    def narrow(n: int) -> bool:
+        return bool(student_t.ppf((1 + level) / 2, n - 1) * s <= half_width * np.sqrt(n))
+
+    low, high = 1, 2
+    while not narrow(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if narrow(middle) else (middle, high)
+    return high
+
+
+def _components(values: np.ndarray) -> tuple[float, float, float]:
+    """Variance components of cells, seeds and rest, each at least 0; ``[cell, seed]``, a gap filled additively."""
+    rows, columns = _row_means(values), _row_means(values.T)
+    grand = float(np.nanmean(values))
+    fitted = rows[:, None] + columns[None] - grand
+    filled = np.where(np.isfinite(values), values, fitted)
+    c, s = values.shape
+    rest = float(((filled - fitted) ** 2).sum() / ((c - 1) * (s - 1)))
+    cell, seed = s * float(rows.var(ddof=1)), c * float(columns.var(ddof=1))  # mean squares
+    return max(0.0, (cell - rest) / s), max(0.0, (seed - rest) / c), rest
+
+
+def clustered_ratio(
+    numerator: np.ndarray, denominator: np.ndarray, cluster: np.ndarray, seed: int, level: float = 0.95
+) -> Estimate:
+    """``sum(numerator) / sum(denominator)`` with an interval over clusters, such as donors.
+
+    Cells of a donor share its stain, its tissue and often its window: they are not independent. Whole clusters are
+    resampled with replacement; the levels are expanded as in :func:`bootstrap_mean`, for the number of clusters. With
+    ones as denominator it is a mean.
+
+    Parameters
+    ----------
+    numerator, denominator, cluster: ``[cell]``; a cell with NaN in either is left out.
+
+    Returns
+    -------
+    Estimate: ``n`` counts the cells; no interval for fewer than two clusters.
+    """
+    numerator, denominator = (np.asarray(a, dtype=np.float64) for a in (numerator, denominator))
+    defined = np.isfinite(numerator) & np.isfinite(denominator)
+    n = int(defined.sum())
+    if n == 0:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0, level)
+    names, index = np.unique(np.asarray(cluster).astype(str)[defined], return_inverse=True)
+    top, bottom = (np.bincount(index, a[defined], minlength=len(names)) for a in (numerator, denominator))
+    value = float(top.sum() / bottom.sum()) if bottom.sum() else float("nan")
+    if len(names) < 2:
+        return Estimate(value, float("nan"), float("nan"), n, level)
+    weights = _weights(rng.stream(seed, "clustered bootstrap", len(names)), len(names))
+    below = weights @ bottom
+    drawn = (weights @ top)[below > 0] / below[below > 0]
+    tail = _expanded_tail(len(names), level)
+    low, high = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else (float("nan"), float("nan"))
+    return Estimate(value, float(low), float(high), n, level)

@@ -98,6 +98,24 @@ def test_charts_stand_empty_tables(summary: pd.DataFrame) -> None:
     charts.spacing(with_arms, empty)
 
 
+@pytest.mark.parametrize("theme", charts.THEMES)
+def test_the_trade_off_has_a_line_per_size_and_opens_what_lies_outside(theme: str) -> None:
+    rows = [("", 0, 0.0, 0.4, 0), ("A:ko", 1, 0.2, 0.3, 0), ("B:ko", 1, 0.3, 0.02, 1), ("A:ko,B:ko", 2, 0.5, 0.04, 1)]
+    table = pd.DataFrame(rows, columns=["edits", "size", "closed", "support", "outside"])
+    figure = charts.tradeoff(table, theme)
+    one, two = figure.data
+    assert (one.name, two.name) == ("1 edit", "2 edits")
+    assert list(one.x) == [0.02, 0.3] and list(two.x) == [0.04]
+    np.testing.assert_allclose(one.y, [30, 20])
+    assert list(one.marker.symbol) == ["circle-open", "circle"] and list(two.marker.symbol) == ["square-open"]
+    assert [row[0] for row in one.customdata] == ["B:ko", "A:ko"]
+    assert figure.layout.xaxis.type == "log" and figure.layout.yaxis.title.text == "Gap to the target closed (%)"
+    assert any(shape.x0 == shape.x1 == 0.05 for shape in figure.layout.shapes)
+    blind = charts.tradeoff(table.assign(support=NAN), theme)
+    assert list(blind.data[0].x) == [1, 1] and blind.layout.xaxis.title.text == "Number of edits"
+    assert not charts.tradeoff(table[:1], theme).data
+
+
 def test_every_type_has_its_colour_and_all_reader_classes_differ_for_the_colour_blind() -> None:
     """Deuteranopia and protanopia by the matrices of Machado et al. 2009 (severity 1), distance in CIELAB."""
     from skimage.color import rgb2lab

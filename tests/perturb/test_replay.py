@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +18,19 @@ from ge2hist_core.config import SampleConfig
 from ge2hist_core.data import open_h5ad, write_cells
 from ge2hist_core.model import GE2Hist
 from ge2hist_core.types import BadInput, Cells
+from perturb import screen_report
 from perturb.__main__ import COMMANDS
+from perturb.cache import DiskCache
 from perturb.edits import Perturbation
 from perturb.recipe import Recipe
-from perturb.replay import NUMBERS, difference, read_report
+from perturb.replay import changed_versions, difference, parse_report, read_report, rerun
 from perturb.report import write_report, zip_bytes
+from perturb.result import load_result
 from perturb.run import cells_for, run
+from perturb.screen import Screen, knock_outs, run_screen
+from perturb.wording import Origin
+
+NUMBERS = ("base", "edited", "effect", "low", "high", "p", "q", "n")
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +45,22 @@ def home(tiny_folder: Path, demo_cells: Cells, tmp_path_factory: pytest.TempPath
         result = run(recipe, model, cells_for(source, recipe.cell_ids))
     write_report(result, home / "report")
     (home / "report.zip").write_bytes(zip_bytes(result))
+    with open_h5ad(home / "cells.h5ad", model.scgpt.vocab) as source:
+        cells = cells_for(source, ("cell-3",))
+        recipe = Recipe(source.sha256, model.sha256, ("cell-3",), sample=SampleConfig(steps=2), seeds=(0,))
+    screen = Screen(recipe, knock_outs(cells.take([0]))[:4], keep=2, first_seeds=(0, 1), further_seeds=(2, 3))
+    found = run_screen(screen, model, cells, DiskCache(home / "cache"))
+    origin = Origin.of_model(model, cells)
+    screen_report.write_report(screen, found, origin, home / "screen")
+    (home / "screen.zip").write_bytes(screen_report.zip_bytes(screen, found, origin))
+    part = replace(found, complete=False)
+    (home / "part.html").write_text(screen_report.html(screen, part, origin))
     return home
 
 
-@pytest.mark.parametrize("form", ["report", "report.zip", "report/report.html"])
+@pytest.mark.parametrize(
+    "form", ["report", "report.zip", "report/report.html", "screen", "screen.zip", "screen/report.html"]
+)
 def test_every_form_of_a_report_replays_to_the_same_numbers(home: Path, tiny_folder: Path, form: str, capsys) -> None:
     command = ["replay", str(home / form), "--bundle", str(tiny_folder), "--cells", str(home / "cells.h5ad")]
     assert run_command("perturb", "", COMMANDS, command) == 0
@@ -52,6 +75,58 @@ def test_a_changed_number_is_found(home: Path, tiny_folder: Path, tmp_path: Path
     command = ["replay", str(tmp_path), "--bundle", str(tiny_folder), "--cells", str(home / "cells.h5ad")]
     assert run_command("perturb", "", COMMANDS, command) == 1
     assert "(density, effect)" in capsys.readouterr().out
+
+
+def test_a_changed_number_of_a_screen_is_found(home: Path, tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(home / "screen", tmp_path / "screen")
+    table = pd.read_csv(tmp_path / "screen" / "guess.csv")
+    table.loc[1, "shift"] *= 1.5
+    table.to_csv(tmp_path / "screen" / "guess.csv", index=False)
+    command = ["replay", str(tmp_path / "screen"), "--bundle", str(tiny_folder), "--cells", str(home / "cells.h5ad")]
+    assert run_command("perturb", "", COMMANDS, command) == 1
+    said = capsys.readouterr().out
+    assert f"difference 0.333 ({table['candidate'][1]}, shift)" in said
+
+
+def test_a_screen_that_was_not_finished_is_not_compared(home: Path) -> None:
+    with pytest.raises(BadInput, match="was not finished"):
+        read_report(home / "part.html")
+
+
+def test_other_versions_are_named(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "report", tmp_path / "report")
+    path = tmp_path / "report" / "provenance.json"
+    assert changed_versions(read_report(tmp_path / "report")) == ""
+    value = json.loads(path.read_text())
+    value["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(value))
+    assert "torch 1.0, here " in changed_versions(read_report(tmp_path / "report"))
+
+
+def test_a_replay_takes_nothing_from_the_cache_and_leaves_its_result_there(home: Path, tiny_folder: Path) -> None:
+    saved, model = read_report(home / "report.zip"), GE2Hist.load(tiny_folder)
+    with open_h5ad(home / "cells.h5ad", model.scgpt.vocab) as source:
+        cells = cells_for(source, saved.recipe.cell_ids)
+    cache = DiskCache(home / "replayed")
+    wrong = run(replace(saved.recipe, seeds=(7, 8, 9)), model, cells).edited_arm.to_arrays()
+    cache.store_arrays(saved.recipe.hash, wrong)
+    assert rerun(saved, model, cells, cache=cache).same
+    kept = load_result(saved.recipe.hash, cache)
+    assert not np.array_equal(kept.edited_arm.images, wrong["images"])
+    assert rerun(replace(saved, network=None), model, cells).same
+
+
+def test_damaged_archives_are_one_sentence(home: Path) -> None:
+    whole = (home / "report.zip").read_bytes()
+    start = whole.index(b"recipe.json") + len("recipe.json")
+    broken = whole[:start] + bytes(20) + whole[start + 20 :]
+    with pytest.raises(BadInput, match="Cannot read the report mine.zip"):
+        parse_report(broken, "mine.zip")
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("notes.txt", "no report")
+    with pytest.raises(BadInput, match="holds neither recipe.json nor screen.json"):
+        parse_report(out.getvalue(), "mine.zip")
 
 
 def test_the_largest_difference_is_relative_and_undefined_equals_undefined() -> None:

@@ -21,6 +21,7 @@ from ge2hist_core.types import Cells, Niche
 from perturb import pictures
 from perturb.__main__ import COMMANDS
 from perturb.edits import Perturbation
+from perturb.page import csv_bytes, for_people
 from perturb.recipe import Recipe
 from perturb.report import html, pdf, report_files, write_report, zip_bytes
 from perturb.result import Result
@@ -78,7 +79,7 @@ def test_page_needs_no_network_and_runs_only_its_own_scripts(page: str) -> None:
     policy = next(a["content"] for t, a in seen.tags if t == "meta" and a.get("http-equiv"))
     assert "default-src 'none'" in policy and "script-src 'sha256-" in policy and "unsafe-eval" not in policy
     machine, data, *run_by_browser = seen.scripts
-    assert set(json.loads(machine)) == {"recipe", "comparison"}
+    assert set(json.loads(machine)) == {"recipe", "comparison", "provenance"}
     allowed = set(re.findall(r"'sha256-([^']+)'", policy))
     assert len(run_by_browser) == 2
     assert {base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in run_by_browser} == allowed
@@ -102,6 +103,8 @@ def test_page_says_what_it_is_and_what_the_interval_covers(page: str, result: Re
         "no difference can reach p &lt; 0.05",
         result.recipe.hash,
         "torch",
+        "smallest p that 2 seeds can give is 0.5",
+        "Licences",
     ):
         assert phrase in text, phrase
     assert "predict" not in text.lower()
@@ -121,6 +124,7 @@ def test_tables_pictures_and_recipe_go_home(result: Result) -> None:
     files = report_files(result)
     assert files["report.pdf"].startswith(b"%PDF") and files["report.pdf"] == pdf(result)
     table = pd.read_csv(io.BytesIO(files["comparison.csv"]), float_precision="round_trip")
+    assert (table.pop("notice") == "Generated, not diagnostic").all()
     pd.testing.assert_frame_equal(table, result.comparison, check_exact=True)
     assert Recipe.from_json(files["recipe.json"].decode()) == result.recipe
     nuclei = pd.read_csv(io.BytesIO(files["nuclei.csv"]))
@@ -144,6 +148,67 @@ def test_the_same_result_gives_the_same_bytes_and_other_files_stay(result: Resul
             path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in paths
         }
     assert zip_bytes(result) == zip_bytes(result)
+
+
+def test_every_file_is_explained_and_says_what_it_is(result: Result) -> None:
+    files = report_files(result)
+    readme = files["README.txt"].decode()
+    for name in files:
+        assert name.startswith("pictures/") or name == "README.txt" or f"\n{name} " in readme, name
+    assert "result.h5ad is left out" in readme and "result.h5ad" not in files
+    notice = b"enerated, not diagnostic"
+    for name, content in files.items():
+        if name.endswith((".csv", ".html", "provenance.json")):
+            assert notice in content, name
+    assert "GENERATED, NOT DIAGNOSTIC" in readme
+
+
+def test_the_method_can_be_pasted_and_names_all_that_decides(page: str, result: Result) -> None:
+    text = " ".join(re.search(r'<p id="method">(.*?)</p>', page, re.DOTALL)[1].split())
+    for phrase in (
+        "scGPT (Cui et al. 2024; weights SHA-256 " + result.provenance["scgpt_sha256"],
+        "two variational autoencoders",
+        "DPM-Solver++ (Lu et al. 2022) in 2 steps at guidance 1",
+        "32 x 32 px (16 x 16 µm, 0.5 µm per pixel)",
+        "2 noise seeds (0, 5); the arms shared all noise of a seed",
+        "nuclei reader",
+        "4,000 resamples",
+        "(n = 2), are symmetric about zero (all 4 sign patterns; the smallest possible p is 0.5",
+        f"adjust them over {result.comparison['p'].notna().sum()} readouts",
+        result.recipe.data_sha256,
+        result.recipe.model_sha256,
+        result.recipe.hash,
+        f"torch {result.provenance['versions']['torch']}",
+    ):
+        assert phrase in text, phrase
+    assert "<" not in text  # one paragraph without markup
+
+
+def test_shares_are_shown_in_percent(result: Result) -> None:
+    shown, row = for_people(result.comparison), result.comparison.set_index("readout").loc["fraction:Fibroblast"]
+    found = shown[shown["readout"] == "Share of Fibroblast"].iloc[0]
+    assert found["unit"] == "%" and found["unedited"] == pytest.approx(100 * row["base"])
+    assert found["95 % interval"] == f"{100 * row['low']:.3g} to {100 * row['high']:.3g}"
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d"])
+def test_no_text_in_a_csv_starts_a_formula(start: str) -> None:
+    text = start + "1+1"
+    table = pd.DataFrame({"name": [text, "fine"], "kind": pd.Categorical([text, "fine"]), "number": [-1.0, 2.0]})
+    read = pd.read_csv(io.BytesIO(csv_bytes(table)))
+    assert read["name"][0].startswith("'") and read["kind"][0].startswith("'")
+    assert read["name"][1] == "fine" and read["number"].tolist() == [-1.0, 2.0]
+
+
+def test_a_carriage_return_inside_a_text_starts_no_row() -> None:
+    assert len(pd.read_csv(io.BytesIO(csv_bytes(pd.DataFrame({"name": ["a\r=1+1", "b\n=1+1"]}))))) == 2
+
+
+def test_the_pdf_stands_letters_that_its_font_lacks(tiny_bundle: GE2Hist, demo_cells: Cells) -> None:
+    names = demo_cells.cell_id.copy()
+    names[3] = "細胞 $x$ \U0001f9ec"
+    recipe = Recipe("d" * 64, tiny_bundle.sha256, (names[3],), sample=SampleConfig(steps=2), seeds=(0,))
+    assert pdf(run(recipe, tiny_bundle, replace(demo_cells, cell_id=names))).startswith(b"%PDF")
 
 
 def test_empty_comparisons_are_reported_too(result: Result, tiny_bundle: GE2Hist, demo_cells: Cells) -> None:
@@ -171,7 +236,7 @@ def test_command_line_writes_the_report_of_the_recipe(
     assert f"{out}/report.html" in capsys.readouterr().out
     recipe = Recipe.from_json(text)
     direct = run(recipe, tiny_bundle, demo_cells)
-    table = pd.read_csv(out / "comparison.csv", float_precision="round_trip")
+    table = pd.read_csv(out / "comparison.csv", float_precision="round_trip").drop(columns="notice")
     pd.testing.assert_frame_equal(table, direct.comparison, check_exact=True)
 
     (tmp_path / "other.json").write_text(replace(recipe, data_sha256="0" * 64).to_json())

@@ -11,7 +11,17 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perturb.stats import bh_fdr, bootstrap_mean, crossed_effect, crossed_mean, sign_flip_p
+from ge2hist_core.types import BadInput
+from perturb.stats import (
+    bh_fdr,
+    bootstrap_mean,
+    clustered_ratio,
+    crossed_effect,
+    crossed_mean,
+    pairing_gain,
+    seeds_for,
+    sign_flip_p,
+)
 
 EIGHT = np.array([1.2, -0.4, 2.2, 0.9, 3.1, -1.0, 0.3, 1.7])
 
@@ -173,3 +183,110 @@ def test_the_crossed_interval_covers_where_cells_and_seeds_both_differ() -> None
         found = crossed_mean(0.5 + cells + seeds + generator.normal(size=(10, 8)), seed=trial)
         covered += found.low <= 0.5 <= found.high
     assert 0.93 <= covered / trials <= 0.99
+
+
+# --- pairing, more seeds, clusters ------------------------------------------------------------------------------------
+
+
+def test_pairing_gain_is_the_closed_form_of_correlated_normals() -> None:
+    """1 - var(y - x) / (var x + var y) = 2 rho s t / (s^2 + t^2) with standard deviations s and t."""
+    draws = np.random.default_rng(4)
+    rho, s, t = 0.8, 2.0, 1.0
+    x = draws.normal(size=200_000)
+    y = rho * x + math.sqrt(1 - rho**2) * draws.normal(size=len(x))
+    assert pairing_gain(s * x[None], t * y[None]) == pytest.approx(2 * rho * s * t / (s**2 + t**2), abs=0.01)
+    assert pairing_gain(x[None], -x[None]) == pytest.approx(-1.0)
+
+
+def test_pairing_gain_takes_cells_apart_and_leaves_out_half_pairs() -> None:
+    draws = np.random.default_rng(5)
+    base, edited = draws.normal(size=(2, 3, 6))
+    shifted = pairing_gain(base + [[0.0], [100.0], [-50.0]], edited + [[7.0], [0.0], [20.0]])
+    assert shifted == pytest.approx(pairing_gain(base, edited))
+    by_hand = 1 - np.var(edited[0] - base[0]) / (np.var(base[0]) + np.var(edited[0]))
+    assert pairing_gain(base[:1], edited[:1]) == pytest.approx(by_hand)
+    holed = base.copy()
+    holed[:, 2] = np.nan
+    assert pairing_gain(holed, edited) == pytest.approx(pairing_gain(np.delete(base, 2, 1), np.delete(edited, 2, 1)))
+    assert math.isnan(pairing_gain(base[:, :1], edited[:, :1])) and math.isnan(pairing_gain(0 * base, 0 * base))
+    with pytest.raises(ValueError, match="shapes"):
+        pairing_gain(np.zeros((1, 3)), np.zeros((1, 4)))
+
+
+def test_seeds_for_is_the_least_number_that_suffices() -> None:
+    draws = np.random.default_rng(6)
+    for n, width in ((5, 0.3), (12, 0.9), (40, 0.2), (8, 5.0)):
+        values = draws.normal(size=n)
+        total = n + seeds_for(values, width)
+        s = values.std(ddof=1)
+
+        def half_width(m: int, s: float = s) -> float:
+            return scipy.stats.t(m - 1).ppf(0.975) * s / math.sqrt(m)
+
+        assert half_width(total) <= width
+        assert total == n or half_width(total - 1) > width
+    assert seeds_for(np.ones(4), 0.1) == 0
+    assert seeds_for(np.array([1.0]), 0.1) is None and seeds_for(np.array([np.nan, 1.0]), 0.1) is None
+    for width in (0.0, -1.0, math.nan):
+        with pytest.raises(BadInput, match="above 0"):
+            seeds_for(np.ones(4), width)
+
+
+def test_undefined_pictures_cost_seeds_in_proportion() -> None:
+    values = np.random.default_rng(7).normal(size=30)
+    holed = np.insert(values, np.arange(30), np.nan)  # every other one
+    assert 60 + seeds_for(holed, 0.1) == 2 * (30 + seeds_for(values, 0.1))
+
+
+def test_the_seeds_asked_for_give_the_interval_asked_for() -> None:
+    """From a long pilot, so that the spread is known; the interval is the one shown, over many repetitions."""
+    draws = np.random.default_rng(8)
+    pilot = draws.normal(size=400)
+    total = len(pilot) + seeds_for(pilot, 0.08)
+    widths = []
+    for trial in range(20):
+        found = bootstrap_mean(draws.normal(size=total), seed=trial)
+        widths.append((found.high - found.low) / 2)
+    assert np.mean(widths) == pytest.approx(0.08, rel=0.05)
+
+
+def test_more_seeds_help_until_the_cells_alone_are_too_different() -> None:
+    draws = np.random.default_rng(9)
+    n_cells, n_seeds = 40, 40
+    cell, seed = draws.normal(0, 0.5, (n_cells, 1)), draws.normal(0, 1.0, (1, n_seeds))
+    values = cell + seed + draws.normal(0, 1.0, (n_cells, n_seeds))
+    t = scipy.stats.t(n_cells - 1).ppf(0.975)
+    floor = t * 0.5 / math.sqrt(n_cells)
+    assert seeds_for(values, 0.5 * floor) is None
+    width = 1.5 * floor
+    by_hand = (1.0 + 1.0 / n_cells) / ((width / t) ** 2 - 0.25 / n_cells)
+    assert n_seeds + seeds_for(values, width) == pytest.approx(by_hand, rel=0.6)
+    assert seeds_for(values, 1.2 * floor) > seeds_for(values, 1.5 * floor) > 0
+    wider = crossed_mean(values, 0)
+    assert seeds_for(values, wider.high - wider.low) == 0
+
+
+def test_a_clustered_ratio_is_sums_over_sums_and_its_interval_that_of_resampled_clusters() -> None:
+    draws = np.random.default_rng(10)
+    cluster = np.repeat(np.arange(12), draws.integers(2, 9, 12))
+    below = draws.uniform(1, 2, len(cluster))
+    above = 0.5 * below + draws.normal(size=12)[cluster] + 0.1 * draws.normal(size=len(cluster))
+    found = clustered_ratio(above, below, cluster, seed=0)
+    assert found.value == pytest.approx(above.sum() / below.sum()) and found.n == len(cluster)
+    level = 1 - 2 * scipy.stats.norm.cdf(-scipy.stats.t(11).ppf(0.975) * math.sqrt(12 / 11))
+    drawn = []
+    for _ in range(20_000):
+        rows = np.concatenate([np.flatnonzero(cluster == c) for c in draws.choice(12, 12)])
+        drawn.append(above[rows].sum() / below[rows].sum())
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.15 * np.std(drawn))
+    order = draws.permutation(len(cluster))
+    shuffled = clustered_ratio(above[order], below[order], cluster[order], seed=0)
+    assert (shuffled.low, shuffled.high) == pytest.approx((found.low, found.high))
+
+
+def test_a_single_cluster_has_no_interval_and_undefined_cells_are_left_out() -> None:
+    found = clustered_ratio(np.array([1.0, np.nan, 3.0]), np.ones(3), np.array(["a", "b", "a"]), 0)
+    assert (found.value, found.n) == (2.0, 2) and math.isnan(found.low)
+    empty = clustered_ratio(np.array([np.nan]), np.ones(1), np.array(["a"]), 0)
+    assert empty.n == 0 and math.isnan(empty.value)

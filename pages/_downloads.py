@@ -1,0 +1,72 @@
+"""Buttons for everything that a comparison or a screen leaves; files are made when they are asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from pages import _ui
+
+if TYPE_CHECKING:
+    from ge2hist_core.model import GE2Hist
+    from ge2hist_core.types import Cells
+    from perturb.result import Result
+    from perturb.screen import Screen, ScreenResult
+
+File = tuple[str, str, str, "str | Callable[[], bytes | str]"]
+"""Label, ending, MIME type, content."""
+
+
+def result_downloads(result: Result, cells: Callable[[], Cells]) -> None:
+    """Of a comparison. ``cells`` gives those that it was made from, for the h5ad."""
+    from perturb import report
+
+    recipe = json.dumps(result.recipe.to_dict(), indent=1, ensure_ascii=False)
+    _buttons(
+        f"ge2hist-{result.recipe.hash[:8]}",
+        "downloads",
+        (
+            ("Report (HTML)", "html", "text/html", lambda: _ui.report_html(result.recipe.hash, result)),
+            ("Report (PDF)", "pdf", "application/pdf", lambda: report.pdf(result)),
+            ("Table (CSV)", "csv", "text/csv", lambda: report.csv_bytes(result.comparison)),
+            ("Cells (h5ad)", "h5ad", "application/x-hdf5", lambda: report.h5ad(result, cells())),
+            ("Everything (ZIP)", "zip", "application/zip", lambda: report.zip_bytes(result, cells())),
+            ("Recipe (JSON)", "json", "application/json", recipe),
+        ),
+    )
+
+
+def screen_downloads(screen: Screen, result: ScreenResult, model: GE2Hist, cells: Cells) -> None:
+    """Of a screen, whole or in part."""
+    from perturb import screen_report
+    from perturb.wording import Origin
+
+    def origin() -> Origin:
+        return Origin.of_model(model, cells)
+
+    _buttons(
+        f"ge2hist-screen-{screen.hash[:8]}",
+        "screen downloads",
+        (
+            ("Report (HTML)", "html", "text/html", lambda: screen_report.html(screen, result, origin())),
+            ("Report (PDF)", "pdf", "application/pdf", lambda: screen_report.pdf(screen, result, origin())),
+            ("Everything (ZIP)", "zip", "application/zip", lambda: screen_report.zip_bytes(screen, result, origin())),
+        ),
+    )
+
+
+def _buttons(name: str, key: str, files: tuple[File, ...]) -> None:
+    with st.container(horizontal=True, gap="small", key=key):
+        for label, ending, mime, data in files:
+            st.download_button(
+                label,
+                data,
+                f"{name}.{ending}",
+                mime,
+                key=f"download {ending}",
+                on_click="ignore",
+                icon=":material/download:",
+            )

@@ -1,0 +1,234 @@
+"""Screen -> files to take home: one self-contained HTML page, PDF, both tables as CSV, all that decides it as JSON.
+
+As in :mod:`perturb.report`: the same screen gives the same bytes, and ``python -m perturb replay`` runs it again.
+"""
+
+from __future__ import annotations
+
+import html as entities
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from perturb import charts, wording
+from perturb.edits import Perturbation
+from perturb.page import Table, csv_bytes, for_people, json_bytes, json_lines, readme, render, write_files, zip_of
+from perturb.screen import MATCHED, Screen, ScreenResult
+from perturb.tables import LEVEL
+from perturb.wording import NOTICE, Origin
+
+__all__ = ["headline", "hits_first", "html", "labelled", "pdf", "report_files", "write_report", "zip_bytes"]
+
+LEADING = 40
+"""Candidates of the guess that the page shows outright, at least as many as were drawn."""
+
+NAMED = 8
+"""Candidates that bear their name in a volcano, at most."""
+
+CAUTIONS = (
+    "The ranking guesses from a network that has seen no picture: a candidate far down may still change the pictures.",
+    "The null of the ranking is made of this screen's own candidates: where most move the niche, few stand out.",
+    *wording.CAUTIONS,
+)
+
+FILES = {
+    "report.html": "this report as one page, interactive, needs no network",
+    "report.pdf": "the same for print and mail",
+    "screen.json": "all that decides the screen: cells, candidates, sampler, seeds",
+    "provenance.json": "versions and hashes that the numbers were made with",
+    "guess.csv": "every candidate, ranked without drawing, with the matched null",
+    "confirmed.csv": "every drawn candidate and readout: paired effect with interval, p and q, replication",
+}
+
+
+def html(screen: Screen, result: ScreenResult, origin: Origin) -> str:
+    """The report as one page."""
+    recipe, several = screen.recipe, len(screen.recipe.cell_ids) > 1
+    confirmed, untested, hits = hits_first(result)
+    n_drawn = result.confirmed["candidate"].nunique() if len(result.confirmed) else 0
+    units = len(recipe.cell_ids) if several else len(screen.further_seeds)
+    shown = max(LEADING, n_drawn)
+    guess = labelled(result.guess)
+    moved = [(readout, rows) for readout, rows in _by_readout(confirmed) if (rows["p"] < 1).any()]
+    volcanos = {f"volcano{i}": _volcano(rows, readout, units) for i, (readout, rows) in enumerate(moved)}
+    still = [charts.readable(name) for name in dict.fromkeys(confirmed["readout"]) if name not in dict(moved)]
+    drawn = charts.ranking(guess.assign(candidate=_tags(guess["candidate"])), screen.readout, n_drawn)
+    return render(
+        "screen_report.html.j2",
+        volcanos | {"ranking": drawn},
+        _machine(screen, result, origin),
+        question=wording.screen_question(screen),
+        warnings=() if result.complete else ("This is a part: the screen was cancelled or is not finished.",),
+        cautions=CAUTIONS,
+        method=wording.screen_method(screen, result, origin),
+        references=wording.references(recipe),
+        licences=wording.licences(recipe, screen.candidates),
+        provenance=wording.screen_facts(screen, origin),
+        card=origin.model_card,
+        headline=headline(result),
+        level=f"{100 * LEVEL:g} %",
+        n_candidates=f"{len(screen.candidates):,}",
+        n_drawn=n_drawn,
+        n_pictures=f"{screen.pictures:,}" if result.complete else f"of {screen.pictures:,}",
+        volcanos=list(volcanos),
+        still=", ".join(still),
+        confirmed=Table.of(_for_people(confirmed), "Every tested candidate and readout, hits first"),
+        hits=hits,
+        untested=Table.of(
+            _for_people(untested).drop(columns=["difference", "95 % interval", "p", "q", "n", "replicated"]),
+            "Drawn with the first seeds alone",
+        ),
+        first_seeds=len(screen.first_seeds),
+        further_seeds=len(screen.further_seeds),
+        several=several,
+        n_units=units,
+        smallest_p=f"{wording.smallest_p(units):.2g}",
+        matched=MATCHED,
+        null_note="" if len(result.guess) > MATCHED else f"; undefined here, with {len(result.guess)} candidates",
+        leading=Table.of(_brief(guess.head(shown)), "The leading candidates, the largest guessed change first"),
+        others=Table.of(_brief(guess.iloc[shown:]), "Further candidates", max_rows=5000),
+        screen_sha256=screen.hash,
+        screen_json=json_lines(screen.to_dict()),
+    )
+
+
+def pdf(screen: Screen, result: ScreenResult, origin: Origin) -> bytes:
+    """The report as a PDF of a few A4 pages."""
+    from perturb.pdf import screen_pdf
+
+    return screen_pdf(screen, result, origin)
+
+
+def report_files(screen: Screen, result: ScreenResult, origin: Origin) -> dict[str, bytes]:
+    """Every file of the report by its name; ``README.txt`` says what each holds."""
+    provenance = {
+        "notice": NOTICE,
+        "screen_sha256": screen.hash,
+        "complete": result.complete,
+        **_provenance(origin),
+    }
+    files = {
+        "report.html": html(screen, result, origin).encode(),
+        "report.pdf": pdf(screen, result, origin),
+        "screen.json": json_bytes(screen.to_dict()),
+        "provenance.json": json_bytes(provenance),
+        "guess.csv": csv_bytes(result.guess),
+        "confirmed.csv": csv_bytes(result.confirmed),
+    }
+    further = "Every number here comes from a generative model. It is no measurement."
+    return files | {"README.txt": readme(wording.screen_question(screen), FILES, further)}
+
+
+def zip_bytes(screen: Screen, result: ScreenResult, origin: Origin) -> bytes:
+    """All files of the report as one ZIP; the same screen gives the same bytes."""
+    return zip_of(report_files(screen, result, origin))
+
+
+def write_report(screen: Screen, result: ScreenResult, origin: Origin, out_dir: str | Path) -> list[Path]:
+    """Write every file of the report under ``out_dir``; other files there stay. Returns the paths, the page first."""
+    return write_files(report_files(screen, result, origin), out_dir)
+
+
+def hits_first(result: ScreenResult) -> tuple[pd.DataFrame, pd.DataFrame, int]:
+    """Rows with a p-value, hits first; drawn rows without one; how many hits there are.
+
+    A hit has q < 0.05 and the same sign in both sets of seeds.
+    """
+    table = result.confirmed
+    if not len(table):
+        columns = ["candidate", "readout", "unit", "first_effect", "effect", "low", "high", "p", "q", "n", "replicated"]
+        table = pd.DataFrame(columns=columns).astype(dict.fromkeys(columns[3:], float))
+    has_p = table["p"].notna()
+    rows, others = table[has_p], table[~has_p]
+    hit = ((rows["q"] < 0.05) & rows["replicated"].astype(bool)).to_numpy()
+    ordered = rows.iloc[np.argsort(~hit, kind="stable")].reset_index(drop=True)
+    return labelled(ordered), labelled(others), int(hit.sum())
+
+
+def headline(result: ScreenResult) -> str:
+    """What was found, in a sentence or two."""
+    rows, _, hits = hits_first(result)
+    if not len(rows):
+        return "No candidate has been tested yet."
+    n = rows["candidate"].nunique()
+    if not hits:
+        return (
+            f"None of the {n} tested candidates moves a readout with q < 0.05 and the same sign in both sets of seeds."
+        )
+    found = list(dict.fromkeys(rows["candidate"][:hits]))
+    names = "; ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    first = for_people(rows.head(1)).iloc[0]
+    return (
+        f"{len(found)} of {n} tested candidates move{'s' * (len(found) == 1)} a readout with q < 0.05 and the same "
+        f"sign in both sets of seeds: {names}. Clearest: {first['candidate']}, {first['readout'].lower()} "
+        f"{first['difference']:+.3g} {first['unit']} ({first['95 % interval']}, n = {first['n']:.0f})."
+    )
+
+
+def labelled(table: pd.DataFrame) -> pd.DataFrame:
+    """Candidates by their short names; a name that two share is left as it is."""
+    names = {name: wording.label(Perturbation.parse(name)) for name in dict.fromkeys(table["candidate"])}
+    shared = {label for label in names.values() if list(names.values()).count(label) > 1}
+    return table.assign(candidate=[name if names[name] in shared else names[name] for name in table["candidate"]])
+
+
+def _for_people(table: pd.DataFrame) -> pd.DataFrame:
+    shown = for_people(table)
+    return shown.assign(n=[f"{n:.0f}" for n in shown["n"]], replicated=shown["replicated"].astype(bool))
+
+
+def _brief(guess: pd.DataFrame) -> pd.DataFrame:
+    """The guess without the shares of types, which guess.csv holds."""
+    return guess[[name for name in guess.columns if not name.startswith("fraction:")]]
+
+
+def _by_readout(confirmed: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Tested rows by readout, the one with the smallest q first; readouts of types that are never seen are left out."""
+    order = list(dict.fromkeys(confirmed.sort_values("q", kind="stable")["readout"]))
+    return [(name, confirmed[confirmed["readout"] == name]) for name in order]
+
+
+def _volcano(rows: pd.DataFrame, readout: str, units: int) -> go.Figure:
+    """One readout's volcano: zero in the middle, all p that can be reached in view, names where they can be read."""
+    scale = 100.0 if readout.startswith("fraction:") else 1.0
+    rows = rows.assign(**{name: rows[name] * scale for name in ("effect", "low", "high")})
+    rows = rows.assign(unit="percentage points" if scale == 100.0 else rows["unit"], candidate=_tags(rows["candidate"]))
+    figure = charts.volcano(rows)
+    named = rows["p"].rank(method="first") <= NAMED
+    text = [
+        name if shown and p < 0.5 else "" for name, shown, p in zip(rows["candidate"], named, rows["p"], strict=True)
+    ]
+    reach = 1.25 * max(rows["effect"].abs().max(), 1e-12)
+    figure.update_traces(text=text, cliponaxis=False)
+    figure.update_xaxes(range=[-reach, reach], title_font_size=12)
+    figure.update_yaxes(range=[0, -1.15 * np.log10(wording.smallest_p(units))])
+    return figure.update_layout(title={"text": charts.readable(readout), "font": {"size": 15}}, height=320)
+
+
+def _tags(names: Sequence[str]) -> list[str]:
+    """Names for charts: of a knock-out the gene alone; no markup that plotly would follow."""
+    return [entities.escape(name.removesuffix(" knocked out")) for name in names]
+
+
+def _provenance(origin: Origin) -> dict[str, Any]:
+    return {
+        "source": origin.source,
+        "scgpt_sha256": origin.scgpt_sha256,
+        "engine": origin.engine,
+        "versions": origin.versions,
+    }
+
+
+def _machine(screen: Screen, result: ScreenResult, origin: Origin) -> dict[str, Any]:
+    """What :mod:`perturb.replay` reads from the page."""
+    return {
+        "screen": screen.to_dict(),
+        "complete": result.complete,
+        "provenance": _provenance(origin),
+        "guess": csv_bytes(result.guess).decode(),
+        "confirmed": csv_bytes(result.confirmed).decode(),
+    }

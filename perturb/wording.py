@@ -1,0 +1,412 @@
+"""Words of the reports: the question, the method as a paper would print it, references, licences, cautions.
+
+Everything here is plain text. Whoever shows it escapes it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ge2hist_core.types import Cells
+from perturb.edits import Edit, EditSet, Perturbation
+from perturb.recipe import Recipe
+from perturb.stats import EXACT_UP_TO, N_BOOTSTRAP, N_FLIPS
+from perturb.tables import LEVEL
+
+if TYPE_CHECKING:
+    from ge2hist_core.model import GE2Hist
+    from perturb.result import Result
+    from perturb.screen import Screen, ScreenResult
+
+__all__ = [
+    "CAUTIONS",
+    "NOTICE",
+    "Origin",
+    "facts",
+    "label",
+    "licences",
+    "method",
+    "question",
+    "references",
+    "screen_facts",
+    "screen_method",
+    "screen_question",
+    "seeds_in_words",
+    "smallest_p",
+]
+
+NOTICE = "Generated, not diagnostic"
+CAUTIONS = (
+    "These pictures are generated. They are no tissue, no diagnosis and no evidence that an experiment would turn out "
+    "alike.",
+    "A difference says how this model's picture depends on the gene's count, which mixes cause and correlation in its "
+    "training data.",
+    "The encoder ranks counts within a cell: an edit that changes no rank changes nothing, and one that moves many "
+    "ranks may act through them.",
+    "The reader miscounts and mistypes some nuclei, in both arms; its measured errors are in the model card.",
+)
+
+SOLVERS = {"ddpm": "ancestral DDPM sampling", "ddim": "DDIM", "dpm++": "DPM-Solver++"}
+REFERENCES = {
+    "GE2Hist": "Cai et al. 2025, Generating Histology Images from Single-cell Gene Expression via Cross-modal "
+    "Generative Network, MICCAI 2025",
+    "scGPT": "Cui et al. 2024, doi:10.1038/s41592-024-02201-0",
+    "ddpm": "Ho et al. 2020, arXiv:2006.11239",
+    "ddim": "Song et al. 2021, arXiv:2010.02502",
+    "dpm++": "Lu et al. 2022, arXiv:2211.01095",
+    "bootstrap": "Hesterberg 2015, doi:10.1080/00031305.2015.1089789",
+    "crossed": "Owen 2007, doi:10.1214/07-AOAS122",
+    "p": "Phipson and Smyth 2010, doi:10.2202/1544-6115.1585",
+    "q": "Benjamini and Hochberg 1995, doi:10.1111/j.2517-6161.1995.tb02031.x",
+}
+
+SOURCES = Path(__file__).parents[1] / "assets" / "SOURCES.md"
+LIBRARIES = {
+    "PyTorch": "BSD-3-Clause",
+    "diffusers": "Apache-2.0",
+    "NumPy, SciPy, pandas": "BSD-3-Clause",
+    "plotly.js (inside the HTML page)": "MIT",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the numbers of a report were made with.
+
+    Parameters
+    ----------
+    source: name of the data file.
+    engine: fingerprint of this project's code.
+    versions: of Python and libraries.
+    sizes: numbers in the embedding, z_c and z_e.
+    tile_px, um_per_px: of the pictures.
+    model_card: text of the bundle's MODEL_CARD.md, empty if it has none.
+    network: where the network through which edits spread comes from, empty without one.
+    """
+
+    source: str
+    scgpt_sha256: str
+    engine: str
+    versions: dict[str, str]
+    sizes: tuple[int, int, int]
+    tile_px: int
+    um_per_px: float
+    model_card: str
+    network: str = ""
+
+    @classmethod
+    def of_result(cls, result: Result) -> Origin:
+        """Of a comparison, which brings its own provenance."""
+        arm, known = result.base_arm, result.provenance
+        return cls(
+            source=known["source"],
+            scgpt_sha256=known["scgpt_sha256"],
+            engine=known["engine"],
+            versions=known["versions"],
+            sizes=(arm.embedding.shape[1], arm.latent.z_c.shape[1], arm.latent.z_e.shape[1]),
+            tile_px=arm.images.shape[1],
+            um_per_px=result.um_per_px,
+            model_card=result.model_card,
+            network=known.get("network", {}).get("source", ""),
+        )
+
+    @classmethod
+    def of_model(cls, model: GE2Hist, cells: Cells) -> Origin:
+        """Of what is computed here and now."""
+        from perturb.cache import engine_fingerprint
+
+        config, path = model.config, None if model.folder is None else model.folder / "MODEL_CARD.md"
+        names = ("torch", "diffusers", "numpy", "scipy", "pandas")
+        return cls(
+            source=cells.source,
+            scgpt_sha256=model.scgpt.sha256,
+            engine=engine_fingerprint(),
+            versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names},
+            sizes=(config.embedding_dim, config.d_c, config.d_e),
+            tile_px=config.tile_px,
+            um_per_px=config.um_per_px,
+            model_card=path.read_text(encoding="utf-8") if path is not None and path.exists() else "",
+        )
+
+    def facts(self, recipe: Recipe) -> list[tuple[str, str]]:
+        """Versions, hashes, sampler and encoder seed: two columns."""
+        sample, how = recipe.sample, recipe.propagation
+        rows = [
+            ("data", self.source),
+            ("data SHA-256", recipe.data_sha256),
+            ("read from", ", ".join(filter(None, (recipe.matrix, recipe.gene_column)))),
+            ("network", "" if how is None else f"{how.network_name} ({self.network})"),
+            ("network SHA-256", "" if how is None else how.network_sha256),
+            ("model bundle SHA-256", recipe.model_sha256),
+            ("scGPT weights SHA-256", self.scgpt_sha256),
+            ("sampler", f"{sample.solver}, {sample.steps} steps, guidance {sample.guidance:g}"),
+            ("encoder seed, also of the resampling", str(recipe.encoder_seed)),
+            ("code fingerprint", self.engine),
+            *self.versions.items(),
+        ]
+        return [(name, value) for name, value in rows if value]
+
+
+def facts(recipe: Recipe, origin: Origin) -> list[tuple[str, str]]:
+    """Versions, hashes and seeds of a comparison."""
+    return [("recipe SHA-256", recipe.hash), ("noise seeds", seeds_in_words(recipe.seeds)), *origin.facts(recipe)]
+
+
+def screen_facts(screen: Screen, origin: Origin) -> list[tuple[str, str]]:
+    """Versions, hashes and seeds of a screen."""
+    return [
+        ("screen SHA-256", screen.hash),
+        ("noise seeds that chose", seeds_in_words(screen.first_seeds)),
+        ("further noise seeds", seeds_in_words(screen.further_seeds)),
+        *origin.facts(screen.recipe),
+    ]
+
+
+def label(perturbation: Perturbation) -> str:
+    """A perturbation in a few words, for tables and charts.
+
+    Examples
+    --------
+    >>> label(Perturbation.parse("CD8A:ko")), label(Perturbation.parse("IFN@1.5(STAT1:x2;MYC:x0.5)"))
+    ('CD8A knocked out', 'IFN at dose 1.5 (2 genes)')
+    """
+    return ", ".join(map(_few_words, perturbation.parts)) or "no edit"
+
+
+def _few_words(part: Edit | EditSet) -> str:
+    if isinstance(part, EditSet):
+        dose = "" if part.dose is None else f" at dose {part.dose:g}"
+        return f"{part.name}{dose} ({_count(len(part.edits), 'gene')})"
+    what = {"ko": "knocked out", "factor": f"at {100 * part.amount:g} % of its counts"}
+    what |= {"percentile": f"at percentile {part.amount:g} of the cell's type", "set": f"at {part.amount:g} counts"}
+    return f"{part.gene} {what[part.kind]}"
+
+
+def _sentence(part: Edit | EditSet) -> str:
+    if isinstance(part, EditSet):
+        dose = "" if part.dose is None else f" at dose {part.dose:g}"
+        return f"{part.name}{dose} acts on {_count(len(part.edits), 'gene')}"
+    what = {"ko": "knocked out", "factor": f"set to {100 * part.amount:g} % of its counts"}
+    what |= {"percentile": f"set to percentile {part.amount:g} of the cell's type"}
+    what |= {"set": f"set to {part.amount:g} counts"}
+    return f"{part.gene} is {what[part.kind]}"
+
+
+def _edits(perturbation: Perturbation) -> str:
+    return ", then ".join(map(_sentence, perturbation.parts))
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def _cells(cell_ids: Sequence[str]) -> str:
+    return f"cell {cell_ids[0]}" if len(cell_ids) == 1 else f"{len(cell_ids)} cells"
+
+
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    """``(0, 1, 2, 5)`` -> ``"0, 1, 2, 5"``; ``"0 to 15"`` for a run of numbers.
+
+    Examples
+    --------
+    >>> seeds_in_words((0, 1, 2, 3)), seeds_in_words((0, 5))
+    ('0 to 3', '0, 5')
+    """
+    if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds))
+
+
+def question(recipe: Recipe) -> str:
+    """What a comparison asks."""
+    what = "when " + _edits(recipe.perturbation) if recipe.perturbation else "when nothing is edited"
+    if recipe.propagation is not None and recipe.perturbation:
+        what += f" and the edit spreads through the network {recipe.propagation.network_name}"
+    return f"How does the model draw the niche of {_cells(recipe.cell_ids)} {what}?"
+
+
+def screen_question(screen: Screen) -> str:
+    """What a screen asks."""
+    moved = {"shift": "most", "density": "in density most"}.get(
+        screen.readout, f"in its share of {screen.readout.partition(':')[2]} most"
+    )
+    own = screen.recipe.perturbation
+    after = f", after {label(own)}" if own else ""
+    of = _cells(screen.recipe.cell_ids)
+    n = len(screen.candidates)
+    return f"Which of {_count(n, _kind(screen))} move{'s' * (n == 1)} the niche of {of} {moved}{after}?"
+
+
+def _kind(screen: Screen) -> str:
+    parts = [part for candidate in screen.candidates for part in candidate.parts]
+    if all(isinstance(part, Edit) and part.kind == "ko" for part in parts):
+        return "knock-out"
+    return "signature" if all(isinstance(part, EditSet) and part.dose is not None for part in parts) else "edit"
+
+
+def smallest_p(n: int) -> float:
+    """Smallest sign-flip p that ``n`` units can give: the observed signs and their reverse count among all.
+
+    Examples
+    --------
+    >>> smallest_p(5), smallest_p(6), smallest_p(100)
+    (0.0625, 0.03125, 0.0001)
+    """
+    return min(1.0, 2.0 ** (1 - n)) if n <= EXACT_UP_TO else 1 / (N_FLIPS + 1)
+
+
+def method(result: Result) -> str:
+    """The comparison as a paper's method section would describe it."""
+    recipe, origin = result.recipe, Origin.of_result(result)
+    n_cells, n_seeds = len(recipe.cell_ids), len(recipe.seeds)
+    several = n_cells > 1
+    edits = f"an edit in silico ({label(recipe.perturbation)})" if recipe.perturbation else "no edit"
+    spread = ""
+    if recipe.propagation is not None and recipe.perturbation:
+        how = recipe.propagation
+        spread = (
+            f" The edit was spread to other genes through the signed network {how.network_name} (SHA-256 "
+            f"{how.network_sha256}; {_count(how.steps, 'step')}, results clipped to quantiles {how.quantiles[0]:g} to "
+            f"{how.quantiles[1]:g} of the cells at hand). The same was drawn without spreading and with networks of "
+            "randomised wiring, another one for each noise seed, as controls."
+        )
+    unit, n = ("cell", n_cells) if several else ("noise seed", n_seeds)
+    resampled = "cells and noise seeds, resampled independently" if several else "noise seeds"
+    flips = f"all {2**n:,} sign patterns" if n <= EXACT_UP_TO else f"{N_FLIPS:,} random sign patterns"
+    tested = int(result.comparison["p"].notna().sum())
+    cited = "Hesterberg 2015; Owen 2007" if several else "Hesterberg 2015"
+    return (
+        f"Raw counts of {_cells(recipe.cell_ids)} ({origin.source}, SHA-256 {recipe.data_sha256}) were used as they "
+        f"are and after {edits}.{spread} {_drawing(recipe, origin)} Each cell was drawn with "
+        f"{_count(n_seeds, 'noise seed')} ({seeds_in_words(recipe.seeds)}); the arms shared all noise of a seed, so "
+        f"that the pictures of a pair differ by the edit alone. {_reading()} Effects are mean paired differences "
+        f"(edited - unedited) with {100 * LEVEL:g} % bootstrap intervals over {resampled} ({N_BOOTSTRAP:,} resamples, "
+        f"percentile levels expanded for small samples; {cited}). P-values are two-sided sign-flip p-values under the "
+        f"null hypothesis that the paired differences, one per {unit} (n = {n}), are symmetric about zero ({flips}; "
+        f"the smallest possible p is {smallest_p(n):.2g}; Phipson and Smyth 2010); q-values adjust them over "
+        f"{_count(tested, 'readout')} (Benjamini and Hochberg 1995). {_made_with(recipe, origin)} Recipe SHA-256 "
+        f"{recipe.hash}. All pictures are generated; intervals and p-values speak of this model's answer, not of "
+        "donors or repeated experiments."
+    )
+
+
+def screen_method(screen: Screen, result: ScreenResult, origin: Origin) -> str:
+    """The screen as a paper's method section would describe it."""
+    from perturb.screen import MATCHED
+
+    recipe, n = screen.recipe, len(screen.candidates)
+    drawn = min(screen.keep, n)
+    own = f" after {label(recipe.perturbation)} in every arm" if recipe.perturbation else ""
+    scope = {
+        "knock-out": "Genes that no chosen cell expresses were left out: their knock-out changes nothing. ",
+    }.get(_kind(screen), "")
+    ranked = {"shift": "the Euclidean change of the expected root counts of all neighbours"}.get(
+        screen.readout, f"the expected change of {screen.readout}"
+    )
+    several = len(recipe.cell_ids) > 1
+    units = len(recipe.cell_ids) if several else len(screen.further_seeds)
+    tested = int(result.confirmed["p"].notna().sum()) if len(result.confirmed) else 0
+    return (
+        f"{_count(n, _kind(screen))} were compared, each by itself in the raw counts of {_cells(recipe.cell_ids)} "
+        f"({origin.source}, SHA-256 {recipe.data_sha256}){own}. {scope}First, every candidate was embedded and "
+        "encoded, and the model's niche network gave the neighbours that it expects; candidates were ranked by "
+        f"{ranked}, averaged over cells, without drawing. The matched null compares each candidate with the {MATCHED} "
+        "others of nearest mean count, p = (b + 1) / (n + 1) with b of them moved at least as far, adjusted over all "
+        f"candidates. Second, the leading {drawn} were drawn beside the unedited niche. {_drawing(recipe, origin)} "
+        f"Both arms shared all noise of a seed. {_reading()} Noise seeds {seeds_in_words(screen.first_seeds)} chose "
+        "the better half, by the largest paired difference in standard errors; effects, intervals and p-values come "
+        f"from the further seeds {seeds_in_words(screen.further_seeds)} alone, which took no part in the choice. "
+        f"Effects are mean paired differences (edited - unedited) with {100 * LEVEL:g} % bootstrap intervals ("
+        f"{N_BOOTSTRAP:,} resamples; Hesterberg 2015{'; Owen 2007' if several else ''}); p-values are two-sided "
+        "sign-flip p-values under the null hypothesis of differences symmetric about zero "
+        f"({units} {'cells' if several else 'seeds'}, smallest possible p "
+        f"{smallest_p(units):.2g}; Phipson and Smyth 2010), adjusted over all {tested} tested "
+        "pairs of candidate and readout (Benjamini and Hochberg 1995). An effect is called replicated if both sets of "
+        f"seeds agree in its sign. {_made_with(recipe, origin)} Screen SHA-256 {screen.hash}. All pictures are "
+        "generated; intervals and p-values speak of this model's answer, not of donors or repeated experiments."
+    )
+
+
+def _drawing(recipe: Recipe, origin: Origin) -> str:
+    embedding, z_c, z_e = origin.sizes
+    sample, side = recipe.sample, origin.tile_px * origin.um_per_px
+    return (
+        f"Counts were embedded with scGPT (Cui et al. 2024; weights SHA-256 {origin.scgpt_sha256}; {embedding} numbers "
+        f"per cell), the random draws for ties and gene subsampling (encoder seed {recipe.encoder_seed}) shared by all "
+        f"arms. As in GE2Hist (Cai et al. 2025), two variational autoencoders turned each embedding into the posterior "
+        f"means of a type state z_c ({z_c} numbers) and a niche state z_e ({z_e} numbers), and a diffusion model "
+        f"conditioned on both by cross-attention drew H&E pictures of {origin.tile_px} x {origin.tile_px} px "
+        f"({side:g} x {side:g} µm, {origin.um_per_px:g} µm per pixel) by {SOLVERS[sample.solver]} "
+        f"({REFERENCES[sample.solver].partition(',')[0]}) in {_count(sample.steps, 'step')} at guidance "
+        f"{sample.guidance:g}."
+    )
+
+
+def _reading() -> str:
+    return (
+        "Nuclei were located and typed in the pictures alone by the bundle's nuclei reader; density, the share of each "
+        "type, and mean and variance of the edge-corrected distance to the nearest nucleus were computed per picture."
+    )
+
+
+def _made_with(recipe: Recipe, origin: Origin) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
+    return (
+        f"Computed with the GE2Hist digital twin (code fingerprint {origin.engine}; {versions}) and the model bundle "
+        f"of SHA-256 {recipe.model_sha256}."
+    )
+
+
+def references(recipe: Recipe) -> list[str]:
+    """Works that the method paragraph cites, in its order."""
+    names = ["GE2Hist", "scGPT", recipe.sample.solver, "bootstrap"]
+    names += ["crossed"] * (len(recipe.cell_ids) > 1) + ["p", "q"]
+    return [REFERENCES[name] for name in names]
+
+
+def licences(recipe: Recipe, perturbations: Iterable[Perturbation] = ()) -> list[tuple[str, str]]:
+    """What the report is made of, and under which terms: two columns.
+
+    Parameters
+    ----------
+    perturbations: further ones than the recipe's own, of a screen.
+    """
+    text = SOURCES.read_text(encoding="utf-8") if SOURCES.is_file() else ""
+    ours = set(re.findall(r"\b[0-9a-f]{64}\b", text))
+
+    def terms(sha256: str, other: str) -> str:
+        return "Apache-2.0, made by this project from simulated tissue" if sha256 in ours else other
+
+    rows = [
+        ("GE2Hist digital twin (code)", "Apache-2.0"),
+        ("Model bundle", terms(recipe.model_sha256, "as whoever trained it says: see the model card")),
+        ("Cells", terms(recipe.data_sha256, "as whoever supplied the file says")),
+    ]
+    names = {
+        part.name for one in (recipe.perturbation, *perturbations) for part in one.parts if isinstance(part, EditSet)
+    }
+    if names & _library():
+        rows.append(
+            (
+                "Curated signatures",
+                "Apache-2.0; rows that choose genes of MSigDB Hallmark sets say so (MSigDB: CC BY 4.0, "
+                "doi:10.1016/j.cels.2015.12.004); the source of every row is in assets/signatures/mechanisms.csv",
+            )
+        )
+    if names - _library():
+        rows.append(("Signatures or gene sets from a file", "as whoever supplied the file says"))
+    if recipe.propagation is not None:
+        rows.append((f"Network {recipe.propagation.network_name}", "as whoever supplied it says"))
+    return rows + list(LIBRARIES.items())
+
+
+def _library() -> set[str]:
+    from perturb.signatures import LIBRARY_CSV, load_library
+
+    return {signature.name for signature in load_library()} if LIBRARY_CSV.is_file() else set()

@@ -1,0 +1,122 @@
+"""The report page through ``app.py``: a report is uploaded, run again from nothing, and judged."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import streamlit as st
+from streamlit.testing.v1 import AppTest
+
+from ge2hist_core.config import SampleConfig
+from ge2hist_core.data import open_h5ad, write_cells
+from ge2hist_core.model import GE2Hist
+from ge2hist_core.types import Cells
+from pages import _ui
+from perturb import screen_report
+from perturb.cache import DiskCache
+from perturb.edits import Perturbation
+from perturb.recipe import Recipe
+from perturb.report import html, zip_bytes
+from perturb.run import cells_for, run
+from perturb.screen import Screen, knock_outs, run_screen
+from perturb.wording import Origin
+
+APP = Path(__file__).parents[2] / "app.py"
+TIMEOUT = 300
+
+
+@pytest.fixture(scope="module")
+def reports(tiny_folder: Path, demo_cells: Cells, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Reports as users have them, and the cells they were made with."""
+    folder = tmp_path_factory.mktemp("reports")
+    write_cells(demo_cells, folder / "cells.h5ad")
+    model = GE2Hist.load(tiny_folder)
+    with open_h5ad(folder / "cells.h5ad", model.scgpt.vocab) as source:
+        cells = cells_for(source, ("cell-3",))
+        edits = Perturbation.parse("GAPDH:ko")
+        recipe = Recipe(source.sha256, model.sha256, ("cell-3",), edits, SampleConfig(steps=2), (0, 1))
+    result = run(recipe, model, cells)
+    screen = Screen(recipe.base, knock_outs(cells.take([0]))[:3], keep=2, first_seeds=(0, 1), further_seeds=(2, 3))
+    found = run_screen(screen, model, cells, DiskCache(folder / "cache"))
+    return {
+        "cells.h5ad": (folder / "cells.h5ad").read_bytes(),
+        "report.zip": zip_bytes(result, cells),
+        "report.html": html(result).encode(),
+        "screen.zip": screen_report.zip_bytes(screen, found, Origin.of_model(model, cells)),
+    }
+
+
+@pytest.fixture
+def page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folder: Path, reports: dict[str, bytes]
+) -> Iterator[AppTest]:
+    (tmp_path / "cells.h5ad").write_bytes(reports["cells.h5ad"])
+    monkeypatch.setenv("GE2HIST_BUNDLE", str(tiny_folder))
+    monkeypatch.setenv("GE2HIST_CELLS", str(tmp_path / "cells.h5ad"))
+    monkeypatch.setenv("GE2HIST_HOME", str(tmp_path / "home"))
+    at = AppTest.from_file(str(APP), default_timeout=TIMEOUT).run()
+    yield at.switch_page("pages/report.py").run()
+    _ui.get_worker().close()
+    _ui.get_worker.clear()
+    st.cache_resource.clear()
+    st.cache_data.clear()
+
+
+def upload(at: AppTest, name: str, content: bytes) -> AppTest:
+    at.file_uploader(key="recipe file").upload(name, content).run()
+    assert not at.exception
+    return at
+
+
+def plain(markdown: str) -> str:
+    """Text as the reader sees it."""
+    return markdown.replace("\\", "")
+
+
+def replay(at: AppTest) -> AppTest:
+    at.button(key="replay").click().run()
+    assert not at.exception
+    for key in _ui.get_worker().keys:
+        state = _ui.get_worker().wait(key, timeout=TIMEOUT)
+        assert state is not None and state.status == "done", state
+    return at.run()
+
+
+@pytest.mark.parametrize("name", ["report.zip", "report.html", "screen.zip"])
+def test_an_uploaded_report_is_run_again_and_found_the_same(
+    page: AppTest, reports: dict[str, bytes], name: str
+) -> None:
+    at = replay(upload(page, name, reports[name]))
+    assert not at.error and len(at.success) == 1 and plain(at.success[0].value).startswith("same: ")
+    if name.startswith("report"):
+        at.button(key="open replayed").click().run()
+        assert not at.exception and at.get("iframe")
+        assert str(at.session_state["experiment"].recipe.perturbation) == "GAPDH:ko"
+
+
+def test_a_report_with_another_number_is_found_to_differ(page: AppTest, reports: dict[str, bytes]) -> None:
+    text = reports["report.html"].decode()
+    found = re.search(r'id="ge2hist">(.*?)</script>', text, re.DOTALL)
+    value = json.loads(found[1])
+    lines = value["comparison"].splitlines()
+    fields = lines[1].split(",")
+    fields[2] = str(float(fields[2]) + 1000.0)
+    value["comparison"] = "\n".join([lines[0], ",".join(fields), *lines[2:]]) + "\n"
+    changed = text[: found.start(1)] + json.dumps(value) + text[found.end(1) :]
+    at = replay(upload(page, "report.html", changed.encode()))
+    assert len(at.error) == 1
+    assert re.fullmatch(r"different: largest relative difference \S+ \(density, base\)", plain(at.error[0].value))
+
+
+def test_what_is_no_report_is_one_sentence(page: AppTest) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("x", "")
+    at = upload(page, "<b>mine</b>.zip", out.getvalue())
+    assert len(at.error) == 1 and "holds neither" in at.error[0].value and "<b>" not in at.error[0].value
