@@ -126,7 +126,7 @@ def test_a_draft_is_a_pair_of_marked_pictures_and_its_numbers(settings: pytest.M
     assert not at.exception and not at.error
     assert len(at.image) == 2
     assert len(at.get("plotly_chart")) == 3
-    assert len(at.get("download_button")) == 5
+    assert len(at.get("download_button")) == 6
     assert "counts · bin" in texts(at)
 
 
