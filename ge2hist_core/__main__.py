@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from ge2hist_core.types import BadInput
 
 COMMANDS = {
+    "prepare": ("ge2hist_core.prepare", "make a store of a Space Ranger folder and its H&E"),
+    "simulate-slide": ("ge2hist_core.simulator.space_ranger", "write a known-truth slide as a Space Ranger folder"),
     "simulate": ("ge2hist_core.simulator.command", "write a known-truth tissue as a SpatialData store"),
     "pretrain": ("ge2hist_core.pretraining", "train a small scGPT on the cells of a store"),
     "embed": ("ge2hist_core.embedding", "write scGPT embeddings of an h5ad's cells"),

@@ -181,7 +181,7 @@ def driver_programmes(programme: str, direction: str) -> dict[str, float]:
     return factors
 
 
-def _true_readings(
+def true_readings(
     store: TissueStore, rows: np.ndarray, factors: Mapping[str, float], tile_um: float
 ) -> list[dict[str, float]]:
     """Readouts of the true nuclei in the niche of each cell, in the tissue with the genes set by hand."""
@@ -217,14 +217,14 @@ def _effects_against_truth(
         return [niche_stats(t, (tile_um, tile_um), READER_CLASSES).readouts() for t in model.read_nuclei(images)]
 
     readouts = ["density", *(f"fraction:{name}" for name in READER_CLASSES)]
-    true_base = pd.DataFrame(_true_readings(store, rows, {}, tile_um))[readouts]
+    true_base = pd.DataFrame(true_readings(store, rows, {}, tile_um))[readouts]
     model_base = pd.DataFrame(model_readings({}))[readouts]
     standard_error = true_base.std(ddof=1) / np.sqrt(len(rows))
     table = []
     for programme in PROGRAMMES:
         for direction in ("down", "up"):
             factors = driver_programmes(programme, direction)
-            true = (pd.DataFrame(_true_readings(store, rows, factors, tile_um))[readouts] - true_base).mean()
+            true = (pd.DataFrame(true_readings(store, rows, factors, tile_um))[readouts] - true_base).mean()
             model_change = (pd.DataFrame(model_readings(factors))[readouts] - model_base).mean()
             # A readout that is the same in all tiles (but for rounding) gives no noise to measure its change by.
             strength = (true / standard_error.where(standard_error > 1e-9)).abs().fillna(0.0)

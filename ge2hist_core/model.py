@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ge2hist_core import rng
 from ge2hist_core.autoencoder import TileAutoencoder
-from ge2hist_core.config import ModelConfig, SampleConfig, from_json, to_json
+from ge2hist_core.config import VISIBLE_CLASS, ModelConfig, SampleConfig, from_json, to_json
 from ge2hist_core.denoiser import Denoiser, Guided
 from ge2hist_core.files import atomic_folder, atomic_path, sha256_file, write_json
 from ge2hist_core.sampler import sample
@@ -202,6 +202,20 @@ class GE2Hist:
         states = torch.from_numpy(latent.z_c), torch.from_numpy(latent.z_e)
         root = self.encoder.niche_vae.expected_neighbours(*states).double().numpy() * std + mean
         return np.maximum(root, 0.0) ** 2
+
+    def expected_readouts(self, latent: Latent) -> dict[str, np.ndarray]:
+        """Readout -> ``[cell]`` from :meth:`expected_neighbours`: ``density`` (cells per mm2, the cell itself included)
+        and ``fraction:<class>`` of the neighbours, over the classes that H&E can tell apart.
+        """
+        counts = self.expected_neighbours(latent)
+        total = counts.sum(axis=1)
+        area_mm2 = (self.config.tile_px * self.config.um_per_px / 1000.0) ** 2
+        visible = np.array([VISIBLE_CLASS.get(name, name) for name in self.cell_types], dtype=object)
+        fractions = {
+            f"fraction:{name}": counts[:, visible == name].sum(axis=1) / np.maximum(total, 1e-9)
+            for name in dict.fromkeys(visible)
+        }
+        return {"density": (total + 1) / area_mm2} | fractions
 
     def sample_type(self, cell_type: str, n: int, seed: int) -> np.ndarray:
         """``z_c [n, d_c]`` drawn from a type's mixture: the second way to condition, (3).

@@ -153,7 +153,7 @@ class TissueStore:
 
         self.path = Path(path)
         if not self.path.is_dir():
-            raise BadInput(f"{self.path} is not a folder: give the store that `simulate` wrote.")
+            raise BadInput(f"{self.path} is not a folder: give the store that `simulate` or `prepare` wrote.")
         try:
             with _quiet():
                 sdata = spatialdata.read_zarr(self.path, selection=("images", "tables"))
@@ -162,7 +162,7 @@ class TissueStore:
                 f"{self.path} cannot be read as a SpatialData store ({type(error).__name__}): write it again."
             ) from error
         if ATTRS not in sdata.attrs or TABLE not in sdata.tables:
-            raise BadInput(f"{self.path} is not a GE2Hist store (no table {TABLE!r}): make one with `simulate`.")
+            raise BadInput(f"{self.path} is not a GE2Hist store (no table {TABLE!r}): make one with `simulate` or `prepare`.")
         header = sdata.attrs[ATTRS]
         if header.get("schema") != SCHEMA:
             raise BadInput(

@@ -12,6 +12,7 @@ COMMANDS = {
     "goal": ("perturb.goal", "search edits that move a niche towards a target"),
     "network": ("perturb.networks", "show a network of regulators, fit one, or write the known truth"),
     "screen": ("perturb.screen", "rank many edits of a cell and confirm the leading ones"),
+    "known-truth": ("perturb.known_truth", "compare edits with the truth of simulated tissue"),
     "baselines": ("perturb.baselines", "fit trivial baselines into a bundle and measure the model's skill"),
     "replay": ("perturb.replay", "run a report's recipe again and compare the numbers"),
     "run": ("perturb.run", "run a recipe and write its report"),

@@ -232,7 +232,7 @@ class Chain:
         self._scale = n / max(heat, 1e-6)
 
     def neighbours(self, z_s: Tensor) -> Tensor:
-        """States ``[n, d_z]`` -> readout ``[n]`` of the expected neighbours, as :func:`matched.expected_readouts`."""
+        """States ``[n, d_z]`` -> readout ``[n]`` of the expected neighbours, as :meth:`GE2Hist.expected_readouts`."""
         import torch
 
         scale = (self.model.report or {}).get("neighbours")

@@ -6,6 +6,9 @@ Error bars are the intervals of the table.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from html import escape
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -26,6 +29,7 @@ __all__ = [
     "scenarios",
     "spacing",
     "tradeoff",
+    "true_against_drawn",
     "volcano",
 ]
 
@@ -491,3 +495,67 @@ def spread(table: pd.DataFrame, readout: str, theme: str = "light") -> go.Figure
     figure = scenarios(table.assign(scenario=table["contrast"].map(titles)), readout, theme)
     figure.update_xaxes(title_text=figure.layout.xaxis.title.text.replace("Edited - unedited", "Paired difference"))
     return figure.update_layout(title_text="What the network does; filled: q < 0.05")
+
+
+def true_against_drawn(effects: pd.DataFrame, slopes: Mapping[str, float], theme: str = "light") -> go.Figure:
+    """Drawn against true change of each edit and readout, a panel per unit; on the diagonal both are equal.
+
+    Both axes of a panel have the same range, so that what is drawn too small lies flat. Triangles point where the
+    programme was pushed.
+
+    Parameters
+    ----------
+    effects: ``programme, direction, readout, unit, true, drawn`` (:func:`perturb.track_record.driver_effects`).
+    slopes: unit -> slope of the line through the origin.
+    """
+    units = list(dict.fromkeys(effects["unit"]))
+    look = THEMES[theme]
+    figure = make_subplots(rows=1, cols=max(len(units), 1), horizontal_spacing=0.12)
+    for column, unit in enumerate(units, start=1):
+        rows = effects[(effects["unit"] == unit) & effects[["true", "drawn"]].notna().all(axis=1)]
+        end = 1.1 * float(rows[["true", "drawn"]].abs().to_numpy().max(initial=0.0)) or 1.0
+        place = {"row": 1, "col": column}
+        for name, slope, dash in (
+            ("Drawn = true", 1.0, "dot"),
+            ("Slope of the drawn changes", slopes.get(unit), "solid"),
+        ):
+            if slope is None or not np.isfinite(slope):
+                continue
+            figure.add_scatter(
+                x=[-end, end],
+                y=[-end * slope, end * slope],
+                mode="lines",
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                line={"color": look["ink"] if dash == "solid" else look["muted"], "dash": dash, "width": 1.5},
+                hoverinfo="skip",
+                **place,
+            )
+        for readout, part in rows.groupby("readout", sort=False):
+            name = str(readout).partition(":")[2] or ALL
+            figure.add_scatter(
+                x=part["true"],
+                y=part["drawn"],
+                customdata=[
+                    [escape(str(one).replace("_", " ")) for one in pair]
+                    for pair in part[["programme", "direction"]].to_numpy()
+                ],
+                mode="markers",
+                name=escape(name),
+                marker={
+                    "size": 10,
+                    "color": _colour(name, theme),
+                    "symbol": [f"triangle-{'up' if way == 'up' else 'down'}" for way in part["direction"]],
+                    "line": {"color": look["ink"], "width": 0.5},
+                },
+                hovertemplate=f"{escape(readable(str(readout)))}<br>%{{customdata[0]}} %{{customdata[1]}}"
+                f"<br>true %{{x:+.3g}}, drawn %{{y:+.3g}} {unit}<extra></extra>",
+                **place,
+            )
+        title = "density" if unit == "cells/mm²" else "shares"
+        figure.update_xaxes(title_text=f"True change of {title} ({unit})", range=[-end, end], **place)
+        figure.update_yaxes(title_text=f"Drawn change of {title} ({unit})", range=[-end, end], **place)
+    _finish(figure, theme, "Drawn against true changes")
+    legend = {"orientation": "h", "x": 0.0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
+    return figure.update_layout(height=500, legend=legend)

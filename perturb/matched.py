@@ -23,7 +23,6 @@ import numpy as np
 import pandas as pd
 
 from ge2hist_core import rng
-from ge2hist_core.config import VISIBLE_CLASS
 from ge2hist_core.types import BadInput, Cells
 from perturb.edits import Edit, EditSet, Perturbation
 from perturb.recipe import Recipe
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from perturb.cache import DiskCache
     from perturb.grn import Network
 
-__all__ = ["DRAWN", "GUESSED", "MatchedNull", "expected_readouts", "matched_edits", "matched_null", "null_table"]
+__all__ = ["DRAWN", "GUESSED", "MatchedNull", "matched_edits", "matched_null", "null_table"]
 
 DRAWN = 19
 """Random edits that are drawn: the fewest with which p can reach 0.05."""
@@ -122,7 +121,9 @@ def matched_null(
         base, edited = ({name: y[:, :n_seeds] for name, y in whole[arm].items()} for arm in ("base", "edited"))
     else:
         states = (chosen, edited_cells(recipe, chosen, cells, network)[0])
-        base, edited = (expected_readouts(model, model.embed(some, recipe.encoder_seed)) for some in states)
+        base, edited = (
+            model.expected_readouts(model.encode(model.embed(some, recipe.encoder_seed))) for some in states
+        )
     observed = {name: _effect(base[name], edited[name]) for name in base}
 
     rows = []
@@ -143,7 +144,7 @@ def matched_null(
             if drawn:
                 found = _drawn_effects(one, model, embedding, base, report, cancel)
             else:
-                guessed = expected_readouts(model, embedding)
+                guessed = model.expected_readouts(model.encode(embedding))
                 found = {name: _none_if_nan(_effect(base[name], guessed[name])) for name in base}
             if cache is not None:
                 cache.store_json(key, found)
@@ -282,18 +283,3 @@ def _replaced(part: Edit | EditSet, stand_in: Mapping[str, str]) -> Edit | EditS
     if isinstance(part, EditSet):
         return replace(part, edits=tuple(replace(edit, gene=stand_in[edit.gene]) for edit in part.edits))
     return replace(part, gene=stand_in[part.gene])
-
-
-def expected_readouts(model: GE2Hist, embedding: np.ndarray) -> dict[str, np.ndarray]:
-    """Readout -> ``[cell]`` from the niche network: ``density`` (cells per mm2, the cell itself included) and
-    ``fraction:<class>`` of the neighbours, over the classes that H&E can tell apart.
-    """
-    counts = model.expected_neighbours(model.encode(embedding))
-    total = counts.sum(axis=1)
-    area_mm2 = (model.config.tile_px * model.config.um_per_px / 1000.0) ** 2
-    visible = np.array([VISIBLE_CLASS.get(name, name) for name in model.cell_types], dtype=object)
-    fractions = {
-        f"fraction:{name}": counts[:, visible == name].sum(axis=1) / np.maximum(total, 1e-9)
-        for name in dict.fromkeys(visible)
-    }
-    return {"density": (total + 1) / area_mm2} | fractions

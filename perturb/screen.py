@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ge2hist_core.config import READER_CLASSES, VISIBLE_CLASS
+from ge2hist_core.config import READER_CLASSES
 from ge2hist_core.types import BadInput, Cells
 from perturb.edits import Edit, EditSet, Perturbation
 from perturb.recipe import Recipe
@@ -285,15 +285,7 @@ class _State:
         self.embedding = model.embed(cells, seed)
         self.latent = model.encode(self.embedding)
         self.counts = model.expected_neighbours(self.latent)  # [cell, type]
-        self.area_mm2 = (model.config.tile_px * model.config.um_per_px / 1000.0) ** 2
-        visible = np.array([VISIBLE_CLASS.get(name, name) for name in model.cell_types], dtype=object)
-        self.classes = {name: self.counts[:, visible == name].sum(axis=1) for name in dict.fromkeys(visible)}
-
-    @property
-    def readouts(self) -> dict[str, np.ndarray]:
-        total = self.counts.sum(axis=1)
-        out = {"density": (total + 1) / self.area_mm2}  # the cell itself is in its tile
-        return out | {f"fraction:{name}": n / np.maximum(total, 1e-9) for name, n in self.classes.items()}
+        self.readouts = model.expected_readouts(self.latent)
 
     def against(self, base: _State) -> dict[str, float]:
         def far(a: np.ndarray, b: np.ndarray) -> float:

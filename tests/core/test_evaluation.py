@@ -24,10 +24,10 @@ from ge2hist_core.evaluation import (
     _matched_other,
     _resampled,
     _seeds,
-    _true_readings,
     compare,
     driver_programmes,
     evaluate,
+    true_readings,
 )
 from ge2hist_core.model import GE2Hist
 from ge2hist_core.niche import niche_stats
@@ -293,7 +293,7 @@ def held_out_rows(store: TissueStore, n: int) -> np.ndarray:
 
 def test_the_tissue_simulated_again_has_the_nuclei_of_the_store(store: TissueStore):
     rows = held_out_rows(store, 40)
-    again = _true_readings(store, rows, {}, TILE_UM)
+    again = true_readings(store, rows, {}, TILE_UM)
     for row, found in zip(rows, again, strict=True):
         expected = niche_stats(store.nuclei(row), (TILE_UM, TILE_UM), READER_CLASSES).readouts()
         assert found == pytest.approx(expected, nan_ok=True), store.cells.cell_id[row]
@@ -319,13 +319,13 @@ def test_a_driver_programme_moves_the_truth_as_counting_says(store: TissueStore)
     share = {}
     for direction in ("down", "up"):
         factors = driver_programmes("immune_infiltration", direction)
-        found = _true_readings(store, rows, factors, TILE_UM)
+        found = true_readings(store, rows, factors, TILE_UM)
         for row, one in zip(rows[:4], found, strict=False):
             n, lymphoid = lymphocytes(store, row, factors)
             assert one["density"] == pytest.approx(n / 0.064**2)
             assert one["fraction:Lymphocyte"] == pytest.approx(lymphoid / n)
         share[direction] = np.mean([one["fraction:Lymphocyte"] for one in found])
-    base = np.mean([one["fraction:Lymphocyte"] for one in _true_readings(store, rows, {}, TILE_UM)])
+    base = np.mean([one["fraction:Lymphocyte"] for one in true_readings(store, rows, {}, TILE_UM)])
     assert share["down"] < base < share["up"]
 
 

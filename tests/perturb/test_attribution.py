@@ -20,7 +20,6 @@ from ge2hist_core.types import BadInput, Cells
 from perturb import attribution
 from perturb.attribution import Attribution, Chain, attribute, readout_names
 from perturb.cache import DiskCache
-from perturb.matched import expected_readouts
 
 ROW = 3
 
@@ -84,7 +83,7 @@ def test_the_smooth_density_is_the_counted_one_in_the_cells_own_pictures(
 def test_the_expected_neighbours_are_the_models(tiny_bundle: GE2Hist, demo_cells: Cells) -> None:
     for row in (3, 30):
         one = demo_cells.take([row])
-        expected = expected_readouts(tiny_bundle, tiny_bundle.embed(one, 0))
+        expected = tiny_bundle.expected_readouts(tiny_bundle.encode(tiny_bundle.embed(one, 0)))
         for name in readout_names("neighbours"):
             chain = Chain(tiny_bundle, one, name, through="neighbours")
             assert chain.values(chain.bins[None])[0] == pytest.approx(expected[name][0], rel=1e-4, abs=1e-6)

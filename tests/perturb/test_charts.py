@@ -143,3 +143,28 @@ def test_every_type_has_its_colour_and_all_reader_classes_differ_for_the_colour_
         lab = rgb2lab(seen[None])[0]
         distance = np.linalg.norm(lab[:, None] - lab[None], axis=2) + 1000 * np.eye(len(lab))
         assert distance.min() > 15, (name, READER_CLASSES[distance.min(axis=0).argmin()], distance.min())
+
+
+@pytest.mark.parametrize("theme", charts.THEMES)
+def test_true_against_drawn_has_a_panel_per_unit_with_diagonal_and_equal_axes(theme: str) -> None:
+    rows = [
+        ("immune_infiltration", "up", "density", "cells/mm²", 100.0, 20.0),
+        ("immune_infiltration", "up", "fraction:Lymphocyte", "percentage points", 10.0, 1.0),
+        ("immune_infiltration", "down", "fraction:Lymphocyte", "percentage points", -20.0, -2.0),
+        ("immune_infiltration", "down", "fraction:Fibroblast", "percentage points", NAN, 1.0),
+    ]
+    effects = pd.DataFrame(rows, columns=["programme", "direction", "readout", "unit", "true", "drawn"])
+    figure = charts.true_against_drawn(effects, {"cells/mm²": 0.2, "percentage points": 0.1}, theme)
+    points = {trace.name: trace for trace in figure.data if trace.mode == "markers"}
+    assert set(points) == {"All nuclei", "Lymphocyte"}
+    assert list(points["Lymphocyte"].x) == [10, -20] and list(points["Lymphocyte"].y) == [1, -2]
+    assert list(points["Lymphocyte"].marker.symbol) == ["triangle-up", "triangle-down"]
+    assert points["Lymphocyte"].marker.color == TYPE_COLOURS["Lymphocyte"] and points["Lymphocyte"].xaxis == "x2"
+    lines = [trace for trace in figure.data if trace.mode == "lines" and trace.xaxis == "x2"]
+    np.testing.assert_allclose([line.y[1] / line.x[1] for line in lines], [1.0, 0.1])
+    for x, y in (("xaxis", "yaxis"), ("xaxis2", "yaxis2")):
+        assert figure.layout[x].range == figure.layout[y].range
+    assert "cells/mm²" in figure.layout.xaxis.title.text and "percentage points" in figure.layout.yaxis2.title.text
+    hostile = charts.true_against_drawn(effects.assign(programme="<b>a</b>_b"), {}, theme)
+    assert hostile.data[-1].customdata[0][0] == "&lt;b&gt;a&lt;/b&gt; b"
+    assert not [trace for trace in charts.true_against_drawn(effects[:0], {}, theme).data if trace.mode == "markers"]

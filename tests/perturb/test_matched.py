@@ -17,7 +17,7 @@ from ge2hist_core.sampler import Stopped
 from ge2hist_core.types import BadInput, Cells
 from perturb.cache import DiskCache
 from perturb.edits import Perturbation
-from perturb.matched import MatchedNull, expected_readouts, matched_edits, matched_null, null_table
+from perturb.matched import MatchedNull, matched_edits, matched_null, null_table
 from perturb.recipe import Recipe
 from perturb.result import Result
 from perturb.run import Progress, run
@@ -158,7 +158,7 @@ def test_guessed_effects_are_those_of_the_screens_first_stage(tiny_bundle: GE2Hi
 
 
 def test_the_expected_fractions_sum_to_one(tiny_bundle: GE2Hist, demo_cells: Cells) -> None:
-    found = expected_readouts(tiny_bundle, tiny_bundle.embed(demo_cells.take([0, 9]), 0))
+    found = tiny_bundle.expected_readouts(tiny_bundle.encode(tiny_bundle.embed(demo_cells.take([0, 9]), 0)))
     np.testing.assert_allclose(sum(v for name, v in found.items() if name.startswith("fraction:")), 1.0)
 
 

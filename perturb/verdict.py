@@ -1,0 +1,232 @@
+"""May a drawn difference be believed? A traffic light per readout, with its reasons as plain sentences.
+
+The light speaks of the model: whether its pictures differ by more than the noise of drawing them, for a cell that it
+has seen the like of. Whether tissue would change is another question, which no light answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ge2hist_core.support import OUTSIDE
+from perturb.wording import smallest_p
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from perturb.result import Result
+
+__all__ = ["HEADLINE_SHARES", "LIGHTS", "Q", "Check", "Verdict", "headline_readouts", "judge", "light", "verdicts"]
+
+LIGHTS = ("green", "amber", "grey")
+Q = 0.05
+"""A q-value has to lie below this."""
+HEADLINE_SHARES = 3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One condition of the light.
+
+    Parameters
+    ----------
+    name: ``interval``, ``q``, ``support`` or ``wiring``.
+    passed: whether it is met; one that could not be made is not.
+    reason: a sentence with the numbers. short: what is wrong, in a few words; empty where it is met.
+    """
+
+    name: str
+    passed: bool
+    reason: str
+    short: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One readout: ``light`` of :data:`LIGHTS`, the claim it allows (plain text), the checks behind it."""
+
+    readout: str
+    light: str
+    claim: str
+    checks: tuple[Check, ...]
+
+
+def light(checks: Sequence[Check]) -> str:
+    """The light of some checks.
+
+    Green: all are met. Grey: neither the interval excludes 0 nor is q below 0.05, whatever the others say, since a cell
+    inside the data is no evidence of an effect. Amber: between the two.
+
+    Examples
+    --------
+    >>> light([Check("interval", True, ""), Check("q", False, ""), Check("support", True, "")])
+    'amber'
+    """
+    met = {check.name: check.passed for check in checks}
+    if not (met["interval"] or met["q"]):
+        return "grey"
+    return "green" if all(met.values()) else "amber"
+
+
+def headline_readouts(comparison: pd.DataFrame) -> list[str]:
+    """Density, spacing and the shares of the three types that are most frequent before the edit.
+
+    The choice does not look at the effects, so that no light is lit because its effect happened to be large.
+    """
+    shares = comparison[comparison["readout"].str.startswith("fraction:") & comparison["base"].notna()]
+    most = shares.sort_values("base", ascending=False, kind="stable")["readout"].head(HEADLINE_SHARES)
+    there = set(comparison["readout"])
+    return [name for name in ("density", "spacing") if name in there] + list(most)
+
+
+def judge(
+    row: Mapping[str, Any],
+    support: np.ndarray,
+    n_cells: int,
+    tested: int,
+    wiring: Mapping[str, Any] | None = None,
+) -> Verdict:
+    """One readout's light.
+
+    Parameters
+    ----------
+    row: ``readout, effect, low, high, p, q, n`` of :attr:`perturb.result.Result.comparison`.
+    support: ``[cell, 2]`` conformal p-values before and after the edit. All have to be at least ``OUTSIDE``: the
+        difference of two pictures is no better than the worse of them.
+    n_cells: of the recipe. tested: readouts over which q is adjusted.
+    wiring: ``effect, low, high, q`` of the contrast ``network - control``, None where no network was used. The effect
+        exceeds random wiring where this is clear and on the effect's own side of 0.
+    """
+    checks = [_interval(row, n_cells), _q(row, n_cells, tested), _support(np.asarray(support, dtype=np.float64))]
+    if wiring is not None:
+        checks.append(_wiring(row, wiring))
+    colour = light(checks)
+    return Verdict(str(row["readout"]), colour, _claim(row, colour, checks), tuple(checks))
+
+
+def verdicts(result: Result) -> list[Verdict]:
+    """The lights of a result's headline readouts."""
+    table = result.comparison.set_index("readout", drop=False)
+    contrasts = result.spread_effects
+    against = contrasts[contrasts["contrast"] == "network - control"].set_index("readout", drop=False)
+    used = result.recipe.propagation is not None
+    support = result.support[["base", "edited"]].to_numpy()
+    unknown = {"effect": np.nan, "low": np.nan, "high": np.nan, "q": np.nan}
+    return [
+        judge(
+            table.loc[name].to_dict(),
+            support,
+            len(result.recipe.cell_ids),
+            int(table["p"].notna().sum()),
+            (against.loc[name].to_dict() if name in against.index else unknown) if used else None,
+        )
+        for name in headline_readouts(result.comparison)
+    ]
+
+
+def _excludes_0(row: Mapping[str, Any]) -> bool:
+    return bool(row["low"] > 0 or row["high"] < 0)
+
+
+def _interval(row: Mapping[str, Any], n_cells: int) -> Check:
+    n, several = int(row["n"]), n_cells > 1
+    covers = f"the noise of drawing{' and the choice of these cells' * several}, not donors and not the model's errors"
+    if not np.isfinite(row["low"]):
+        why = "Too few nuclei in one of the pictures" if n == 0 else "One pair of pictures gives no interval"
+        return Check("interval", False, f"{why} (n = {n}).", "there is no interval")
+    passed = _excludes_0(row)
+    return Check(
+        "interval",
+        passed,
+        f"The 95 % interval, {_range(row)}, {'excludes' if passed else 'includes'} 0 (n = {n} pairs of pictures"
+        f"{f' of {n_cells} cells' * several}). It covers {covers}.",
+        "" if passed else "the interval includes 0",
+    )
+
+
+def _q(row: Mapping[str, Any], n_cells: int, tested: int) -> Check:
+    if not np.isfinite(row["q"]):
+        return Check("q", False, "No test could be made.", "no test could be made")
+    passed = bool(row["q"] < Q)
+    text = (
+        f"q = {row['q']:.2g} is {'below' if passed else 'not below'} {Q:g} (p = {row['p']:.2g}, adjusted over all "
+        f"{tested} readouts)."
+    )
+    units, unit = (n_cells, "cells") if n_cells > 1 else (int(row["n"]), "seeds")
+    if not passed and smallest_p(units) >= Q:
+        text += f" With {units} {unit} no p below {smallest_p(units):.2g} is possible: compare over more {unit}."
+    return Check("q", passed, text, "" if passed else f"q is not below {Q:g}")
+
+
+def _support(p: np.ndarray) -> Check:
+    if not np.isfinite(p).all():
+        text = "Whether the cell lies inside the training data is not known: this bundle cannot say."
+        return Check("support", False, text, "the cell's support is not known")
+    outside = int((p < OUTSIDE).any(axis=1).sum())
+    if len(p) == 1:
+        where = "inside" if not outside else "outside"
+        text = f"The cell lies {where} the training data: p = {p[0, 0]:.2g} before and {p[0, 1]:.2g} after the edit "
+        text += f"({OUTSIDE:g} or more is inside)."
+    else:
+        text = f"{outside} of {len(p)} cells lie outside the training data before or after the edit (p < {OUTSIDE:g})."
+        if outside:
+            text += " About 1 in 20 cells like those of training does too."
+    short = "the cell lies outside the data" if len(p) == 1 else "some cells lie outside the data"
+    return Check(
+        "support", not outside, text + " Such pictures are extrapolation." * bool(outside), short * (outside > 0)
+    )
+
+
+def _wiring(row: Mapping[str, Any], wiring: Mapping[str, Any]) -> Check:
+    if not np.isfinite(wiring["low"]):
+        text = "The network could not be compared with random wiring."
+        return Check("wiring", False, text, "random wiring was not compared")
+    passed = bool(_excludes_0(wiring) and wiring["q"] < Q and wiring["effect"] * row["effect"] > 0)
+    difference = f"{_amount(row, wiring['effect'])}, 95 % interval {_range(row, wiring)}, q = {wiring['q']:.2g}"
+    text = (
+        f"The network's effect exceeds that of random wiring ({difference})."
+        if passed
+        else f"The network's effect does not exceed that of random wiring ({difference}): what it adds may not come "
+        "from who regulates whom."
+    )
+    return Check("wiring", passed, text, "" if passed else "random wiring does as much")
+
+
+def _claim(row: Mapping[str, Any], colour: str, checks: Sequence[Check]) -> str:
+    effect, readout = row["effect"], str(row["readout"])
+    if not np.isfinite(effect):
+        return "Undefined: too few nuclei in one of the pictures."
+    interval = f" ({_range(row)})" if np.isfinite(row["low"]) else ""
+    if colour == "grey":
+        return f"The drawn difference, {_amount(row, effect)}{interval}, is not told apart from the noise of drawing."
+    size = _amount(row, abs(effect)).lstrip("+")
+    more = effect > 0
+    said = {
+        "density": f"{size} {'more' if more else 'fewer'} nuclei",
+        "spacing": f"nearest nuclei {size} {'farther apart' if more else 'closer'}",
+    }.get(readout, f"a share {size} {'higher' if more else 'lower'}")
+    failed = [check.short for check in checks if not check.passed]
+    return f"The model draws {said}{interval}" + (f", but {' and '.join(failed)}." if failed else ".")
+
+
+_FORMS = {"density": (1.0, "+,.0f", " per mm²"), "spacing": (1.0, "+.2f", " µm")}
+
+
+def _form(row: Mapping[str, Any]) -> tuple[float, str, str]:
+    return _FORMS.get(str(row["readout"]), (100.0, "+.1f", " percentage points"))
+
+
+def _amount(row: Mapping[str, Any], value: float) -> str:
+    """A value in the readout's unit, signed."""
+    scale, form, unit = _form(row)
+    return f"{format(value * scale, form)}{unit}"
+
+
+def _range(row: Mapping[str, Any], interval: Mapping[str, Any] | None = None) -> str:
+    scale, form, _ = _form(row)
+    low, high = ((interval or row)[key] * scale for key in ("low", "high"))
+    return f"{format(low, form)} to {format(high, form)}"

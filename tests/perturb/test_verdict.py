@@ -1,0 +1,213 @@
+"""Lights and what ``evaluate`` measured, in words."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ge2hist_core.types import BadInput
+from perturb import track_record
+from perturb.stats import Estimate
+from perturb.verdict import Check, headline_readouts, judge, light
+
+NAN = float("nan")
+INSIDE = np.array([[0.4, 0.3]])
+CLEAR = {"readout": "density", "effect": 120.0, "low": 60.0, "high": 180.0, "p": 0.001, "q": 0.01, "n": 16}
+WIRED = {"effect": 50.0, "low": 20.0, "high": 80.0, "q": 0.01}
+BUNDLE = Path(__file__).parents[2] / "assets" / "demo_bundle"
+
+
+def reasons(verdict: Any) -> str:
+    return " ".join(check.reason for check in verdict.checks)
+
+
+def test_the_light_is_green_only_if_all_is_met_and_grey_whenever_no_effect_is_shown() -> None:
+    for interval, q, support, wiring in itertools.product([True, False], repeat=4):
+        met = {"interval": interval, "q": q, "support": support, "wiring": wiring}
+        found = light([Check(name, passed, "") for name, passed in met.items()])
+        wanted = "grey" if not interval and not q else "green" if all(met.values()) else "amber"
+        assert found == wanted, met
+
+
+@pytest.mark.parametrize(
+    ("row", "support", "wiring", "wanted", "says"),
+    [
+        ({}, INSIDE, None, "green", "120 per mm² more nuclei"),
+        ({"effect": -120.0, "low": -180.0, "high": -60.0}, INSIDE, None, "green", "120 per mm² fewer nuclei"),
+        ({"low": 0.0}, INSIDE, None, "amber", "interval includes 0"),
+        ({"q": 0.05}, INSIDE, None, "amber", "q is not below 0.05"),
+        ({"low": -1.0, "q": 0.2}, INSIDE, None, "grey", "not told apart from the noise"),
+        ({"low": 0.0, "high": 0.0, "effect": 0.0, "p": 1.0, "q": 1.0}, INSIDE, None, "grey", "not told apart"),
+        ({}, [[0.4, 0.049]], None, "amber", "outside the data"),
+        ({}, [[0.049, 0.4]], None, "amber", "outside the data"),
+        ({}, [[0.05, 0.05]], None, "green", "more nuclei"),
+        ({}, [[NAN, NAN]], None, "amber", "support is not known"),
+        ({}, [[0.4, 0.3], [0.4, 0.01]], None, "amber", "some cells"),
+        ({}, INSIDE, WIRED, "green", "more nuclei"),
+        ({}, INSIDE, WIRED | {"low": -1.0}, "amber", "random wiring"),
+        ({}, INSIDE, WIRED | {"q": 0.06}, "amber", "random wiring"),
+        ({}, INSIDE, {"effect": -50.0, "low": -80.0, "high": -20.0, "q": 0.01}, "amber", "random wiring"),
+        ({}, INSIDE, dict.fromkeys(WIRED, NAN), "amber", "random wiring"),
+        (dict.fromkeys(("effect", "low", "high", "p", "q"), NAN) | {"n": 0}, INSIDE, None, "grey", "Undefined"),
+        ({"low": NAN, "high": NAN, "p": 1.0, "q": 1.0, "n": 1}, INSIDE, None, "grey", "not told apart"),
+    ],
+)
+def test_a_readout_gets_the_light_that_its_numbers_allow(
+    row: dict[str, float], support: Any, wiring: dict[str, float] | None, wanted: str, says: str
+) -> None:
+    found = judge(CLEAR | row, np.array(support), len(support), 20, wiring)
+    assert found.light == wanted
+    assert says in found.claim
+    assert "predict" not in found.claim + reasons(found)
+    assert all(bool(check.short) != check.passed for check in found.checks)
+
+
+def test_reasons_carry_n_and_say_what_the_interval_covers() -> None:
+    one = reasons(judge(CLEAR, INSIDE, 1, 20))
+    assert "n = 16 pairs of pictures)" in one and "the noise of drawing, not donors" in one and "20 readouts" in one
+    several = reasons(judge(CLEAR, np.repeat(INSIDE, 4, axis=0), 4, 20))
+    assert "of 4 cells" in several and "the choice of these cells, not donors" in several
+
+
+@pytest.mark.parametrize(("n", "too_few"), [(5, True), (6, False)])
+def test_too_few_seeds_to_reach_any_p_are_named(n: int, too_few: bool) -> None:
+    """Five sign flips give 2/32 at least, six 2/64."""
+    text = reasons(judge(CLEAR | {"q": 0.5, "n": n}, INSIDE, 1, 20))
+    assert ("compare over more seeds" in text) == too_few
+
+
+def test_shares_and_spacing_are_said_in_their_units() -> None:
+    share = CLEAR | {"readout": "fraction:Plasma cell", "effect": -0.031, "low": -0.05, "high": -0.012}
+    assert judge(share, INSIDE, 1, 20).claim == ("The model draws a share 3.1 percentage points lower (-5.0 to -1.2).")
+    spacing = CLEAR | {"readout": "spacing", "effect": -0.42, "low": -0.6, "high": -0.2}
+    assert judge(spacing, INSIDE, 1, 20).claim == "The model draws nearest nuclei 0.42 µm closer (-0.60 to -0.20)."
+
+
+def test_the_headline_is_chosen_by_frequency_and_not_by_effect() -> None:
+    names = ["density", "density:A", "fraction:A", "fraction:B", "fraction:C", "fraction:D", "spacing"]
+    table = pd.DataFrame({"readout": names, "base": [5e3, 1e3, 0.1, 0.4, 0.3, NAN, 7.0], "effect": 0.0})
+    table.loc[2, "effect"] = 0.9
+    assert headline_readouts(table) == ["density", "spacing", "fraction:B", "fraction:C", "fraction:A"]
+    assert headline_readouts(table[table["readout"] == "density"]) == ["density"]
+
+
+# What was measured of the bundle
+
+
+@pytest.fixture
+def evaluation() -> dict[str, Any]:
+    found = track_record.read_evaluation(BUNDLE)
+    assert found is not None
+    return copy.deepcopy(found)
+
+
+def linear(slope: float) -> dict[str, Any]:
+    """Edits whose drawn changes are ``slope`` times the true ones."""
+    true = {"density": 100.0, "fraction:Fibroblast": 0.2}
+    return {
+        "driver_programmes": {
+            "edits": [
+                {
+                    "programme": name,
+                    "direction": way,
+                    "all": {k: {"true": sign * v, "model": sign * v * slope} for k, v in true.items()},
+                }
+                for name in ("one", "two", "three")
+                for way, sign in (("up", 1.0), ("down", -1.0))
+            ]
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("slope", "says", "small"), [(0.25, "smaller", True), (1.0, "not told apart", False), (2.0, "larger", False)]
+)
+def test_the_slope_of_a_known_line_is_found_and_said(slope: float, says: str, small: bool) -> None:
+    effects = track_record.driver_effects(linear(slope))
+    assert set(effects["unit"]) == {"cells/mm²", "percentage points"}
+    assert effects["true"].abs().max() == 100.0 and set(effects.loc[effects["unit"] != "cells/mm²", "true"].abs()) == {
+        20
+    }
+    found = track_record.slopes(effects)
+    for unit, one in found.items():
+        assert one.value == pytest.approx(slope) and one.n == 6
+        assert says in track_record.size_in_words(unit, one, 3) and "n = 6" in track_record.size_in_words(unit, one, 3)
+    assert track_record.undersized(found) == small
+
+
+def test_the_slope_is_the_least_squares_line_through_the_origin(evaluation: dict[str, Any]) -> None:
+    effects = track_record.driver_effects(evaluation)
+    for unit, one in track_record.slopes(effects).items():
+        rows = effects[effects["unit"] == unit]
+        wanted = np.linalg.lstsq(rows[["true"]].to_numpy(), rows["drawn"].to_numpy(), rcond=None)[0][0]
+        assert one.value == pytest.approx(wanted) and one.n == len(rows) and one.low < one.value < one.high
+
+
+def test_a_slope_whose_interval_holds_0_is_not_called_an_answer() -> None:
+    text = track_record.size_in_words("cells/mm²", Estimate(0.1, -0.1, 0.3, 12, 0.95), 6)
+    assert "not shown" in text and "smaller" in text
+
+
+def test_signs_are_those_of_the_file(evaluation: dict[str, Any]) -> None:
+    section = evaluation["driver_programmes"]
+    assert [(a, n) for _, a, n in track_record.signs(evaluation)] == [
+        (section["signs_right"], section["edits_exceeding_noise"]),
+        (section["clear_signs_right"], section["clear_readouts"]),
+    ]
+    assert track_record.signs({}) == []
+
+
+def test_the_fit_says_size_direction_and_whether_it_is_clear(evaluation: dict[str, Any]) -> None:
+    evaluation["generated_vs_real"]["density_relative"] = {"value": -0.12, "low": -0.2, "high": -0.05}
+    evaluation["generated_vs_real"]["spacing_um"] = {"value": 0.5, "low": -0.1, "high": 1.1}
+    density, composition, spacing = track_record.fits(evaluation)
+    assert density.generated == "-12.0 % (-20.0 to -5.0)" and "12.0 % fewer" in density.sentence
+    assert "excludes no difference" in density.sentence and "includes no difference" in spacing.sentence
+    assert "farther apart" in spacing.sentence and composition.generated.endswith(" nats")
+    wrong = evaluation["ceiling_conditions_exchanged"]["by_type"]["composition_kl"]
+    assert composition.exchanged_by_type == f"{wrong:.3f} nats" and f"{wrong:.3f} nats" in composition.sentence
+
+
+def test_an_older_evaluation_gives_what_it_has(evaluation: dict[str, Any]) -> None:
+    for edit in evaluation["driver_programmes"]["edits"]:
+        del edit["all"]
+    assert (
+        not len(track_record.driver_effects(evaluation))
+        and track_record.slopes(track_record.driver_effects(evaluation)) == {}
+    )
+    del evaluation["floor_real_vs_real"], evaluation["generated_vs_real"]["by_type"]
+    density = track_record.fits(evaluation)[0]
+    assert density.floor == density.generated_by_type == "" and density.generated
+    assert track_record.fits({}) == [] and not len(track_record.driver_effects({}))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_evaluation_is_one_sentence(tmp_path: Path, content: str) -> None:
+    assert track_record.read_evaluation(tmp_path) is None
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(BadInput, match="run `evaluate` again"):
+        track_record.read_evaluation(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("read", "section"),
+    [
+        (track_record.fits, {"generated_vs_real": {"n": 5, "density_relative": 3}}),
+        (track_record.fits, {"generated_vs_real": {"n": 5}}),
+        (
+            track_record.driver_effects,
+            {"driver_programmes": {"edits": [{"all": {"density": {"true": "x", "model": 0}}}]}},
+        ),
+        (track_record.driver_effects, {"driver_programmes": 3}),
+        (track_record.signs, {"driver_programmes": {"signs_right": [], "edits_exceeding_noise": 3}}),
+    ],
+)
+def test_a_section_of_another_form_is_bad_input(read: Any, section: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="another form"):
+        read(section)

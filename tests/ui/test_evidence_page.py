@@ -1,0 +1,128 @@
+"""The evidence page through ``app.py``: lights of a full result, the bundle's figures, empty states."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import streamlit as st
+from streamlit.testing.v1 import AppTest
+
+from ge2hist_core.config import SampleConfig
+from ge2hist_core.data import open_h5ad, write_cells
+from ge2hist_core.model import GE2Hist
+from ge2hist_core.types import Cells
+from pages import _ui
+from perturb.cache import DiskCache
+from perturb.edits import Perturbation
+from perturb.recipe import Recipe
+from perturb.run import cells_for, run
+
+APP = Path(__file__).parents[2] / "app.py"
+DEMO = APP.parent / "assets" / "demo_bundle" / "evaluation.json"
+TIMEOUT = 300
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folder: Path, demo_cells: Cells) -> Iterator[Path]:
+    """A bundle, cells and results of this test alone."""
+    shutil.copytree(tiny_folder, tmp_path / "bundle")
+    write_cells(demo_cells, tmp_path / "cells.h5ad")
+    monkeypatch.setenv("GE2HIST_BUNDLE", str(tmp_path / "bundle"))
+    monkeypatch.setenv("GE2HIST_CELLS", str(tmp_path / "cells.h5ad"))
+    monkeypatch.setenv("GE2HIST_HOME", str(tmp_path / "home"))
+    yield tmp_path
+    _ui.get_worker().close()
+    _ui.get_worker.clear()
+    st.cache_resource.clear()
+    st.cache_data.clear()
+
+
+def open_page(query: dict[str, str] | None = None) -> AppTest:
+    at = AppTest.from_file(str(APP), default_timeout=TIMEOUT)
+    for name, value in (query or {}).items():
+        at.query_params[name] = value
+    at.run()
+    return at.switch_page("pages/evidence.py").run()
+
+
+def texts(at: AppTest) -> str:
+    """All that the page says, as the reader sees it."""
+    assert not at.exception and not at.error
+    kinds = (at.markdown, at.caption, at.warning, at.info, at.subheader)
+    lines = [str(one.value) for kind in kinds for one in kind] + [one.label for one in at.expander]
+    return "\n".join(lines).replace("\\", "")
+
+
+def put_evaluation(home: Path, **changed: Any) -> None:
+    """The demo bundle's figures, as if they were of the test's bundle."""
+    model = GE2Hist.load(home / "bundle")
+    evaluation = json.loads(DEMO.read_text()) | {"bundle_sha256": model.sha256} | changed
+    (home / "bundle" / "evaluation.json").write_text(json.dumps(evaluation))
+
+
+def test_without_a_comparison_and_an_evaluation_it_says_how_to_get_both(home: Path) -> None:
+    said = texts(open_page())
+    assert "No edit yet" in said and "was not evaluated" in said and "Not diagnostic" in said
+
+
+def test_a_draft_is_no_evidence(home: Path) -> None:
+    at = AppTest.from_file(str(APP), default_timeout=TIMEOUT).run()
+    at.session_state["experiment"].edit(Perturbation.parse("GAPDH:ko"))
+    at.switch_page("pages/evidence.py").run()
+    assert "Not compared yet" in texts(at) and not at.expander
+
+
+def test_a_full_result_gets_a_light_per_headline_readout_with_its_reasons(home: Path) -> None:
+    model = GE2Hist.load(home / "bundle")
+    with open_h5ad(home / "cells.h5ad", model.scgpt.vocab) as source:
+        cells = cells_for(source, ("cell-3",))
+        edits = Perturbation.parse("GAPDH:ko")
+        recipe = Recipe(source.sha256, model.sha256, ("cell-3",), edits, SampleConfig(steps=1), (0, 1))
+    result = run(recipe, model, cells, cache=DiskCache(home / "home" / "results"))
+    at = AppTest.from_file(str(APP), default_timeout=TIMEOUT).run()
+    at.session_state["experiment"].recipe = recipe
+    at.switch_page("pages/evidence.py").run()
+    said = texts(at)
+    assert "GAPDH:ko in **cell-3**" in said.replace("**GAPDH:ko**", "GAPDH:ko") and "Not compared yet" not in said
+    lights = [one.label for one in at.expander if any(word in one.label for word in ("no evidence", "supported"))]
+    shares = result.comparison["readout"].str.startswith("fraction:").sum()
+    assert len(lights) == 2 + min(3, shares) and "Density" in lights[0] and "Nearest neighbour" in lights[1]
+    assert "not donors" in said and "compare over more seeds" in said
+    assert "GAPDH:ko" in at.query_params["edit"]
+
+
+def test_the_evaluation_is_told_with_chart_table_and_sentences(home: Path) -> None:
+    put_evaluation(home)
+    at = open_page()
+    said = texts(at)
+    assert len(at.get("plotly_chart")) == 1
+    assert "**11 of 12**" in said and "**23 of 27**" in said
+    assert "smaller than true ones" in said and "n = 96" in said
+    assert "| Density |" in said and "wrong cell's pictures" in said
+    assert "predicts" not in said
+
+
+def test_figures_of_other_weights_are_not_shown(home: Path) -> None:
+    put_evaluation(home, bundle_sha256="0" * 64)
+    at = open_page()
+    assert "of other weights" in texts(at) and not at.get("plotly_chart")
+
+
+def test_an_evaluation_of_real_tissue_has_no_known_truth(home: Path) -> None:
+    put_evaluation(home, driver_programmes=None)
+    at = open_page()
+    assert "simulated tissue alone" in texts(at) and not at.get("plotly_chart")
+
+
+@pytest.mark.parametrize("content", ["{", '{"generated_vs_real": 3, "bundle_sha256": "%s"}'])
+def test_a_damaged_evaluation_is_one_sentence_and_the_limits_stay(home: Path, content: str) -> None:
+    sha256 = GE2Hist.load(home / "bundle").sha256
+    (home / "bundle" / "evaluation.json").write_text(content.replace("%s", sha256))
+    at = open_page()
+    assert not at.exception and len(at.error) == 1 and "evaluate" in at.error[0].value
+    assert any("Not diagnostic" in one.value for one in at.markdown)
