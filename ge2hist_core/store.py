@@ -162,7 +162,9 @@ class TissueStore:
                 f"{self.path} cannot be read as a SpatialData store ({type(error).__name__}): write it again."
             ) from error
         if ATTRS not in sdata.attrs or TABLE not in sdata.tables:
-            raise BadInput(f"{self.path} is not a GE2Hist store (no table {TABLE!r}): make one with `simulate` or `prepare`.")
+            raise BadInput(
+                f"{self.path} is not a GE2Hist store (no table {TABLE!r}): make one with `simulate` or `prepare`."
+            )
         header = sdata.attrs[ATTRS]
         if header.get("schema") != SCHEMA:
             raise BadInput(
