@@ -14,7 +14,7 @@ from pages._results import results
 from pages._signatures import signature_panel
 
 TOUR = """
-1. **Choose a cell** on the left: its gene expression alone decides what is drawn.
+1. **Choose a cell** on the left: its gene expression, and a noise, decide what is drawn.
 2. **Edit genes** beside it, or add a drug signature: the niche is drawn anew from the same noise, so that what differs
    comes from the edit.
 3. **Compare over seeds** to see how large the difference is against the noise, and take the report home.
@@ -23,13 +23,14 @@ TOUR = """
 
 def tour() -> None:
     """Three sentences for who comes without a link, until they are put away."""
-    if st.session_state.get("toured") or ("toured" not in st.session_state and st.query_params.get("cell")):
-        st.session_state["toured"] = True
-        return
-    st.session_state["toured"] = False
-    with st.container(border=True, key="tour", gap="small"):
-        st.markdown(TOUR)
-        st.button("Got it", key="end tour", on_click=lambda: st.session_state.update(toured=True))
+    state = st.session_state
+    if "toured" not in state:
+        state["toured"] = bool(st.query_params.get("cell"))
+    slot = st.container()  # stays, so that nothing below moves in the tree when the sentences go
+    if not state["toured"]:
+        with slot.container(border=True, key="tour", gap="small"):
+            st.markdown(TOUR)
+            st.button("Got it", key="end tour", on_click=lambda: state.update(toured=True))
 
 
 def page() -> None:

@@ -38,8 +38,8 @@ def test_the_light_is_green_only_if_all_is_met_and_grey_whenever_no_effect_is_sh
 @pytest.mark.parametrize(
     ("row", "support", "wiring", "wanted", "says"),
     [
-        ({}, INSIDE, None, "green", "120 per mm² more nuclei"),
-        ({"effect": -120.0, "low": -180.0, "high": -60.0}, INSIDE, None, "green", "120 per mm² fewer nuclei"),
+        ({}, INSIDE, None, "green", "120 more nuclei per mm²"),
+        ({"effect": -120.0, "low": -180.0, "high": -60.0}, INSIDE, None, "green", "120 fewer nuclei per mm²"),
         ({"low": 0.0}, INSIDE, None, "amber", "interval includes 0"),
         ({"q": 0.05}, INSIDE, None, "amber", "q is not below 0.05"),
         ({"low": -1.0, "q": 0.2}, INSIDE, None, "grey", "not told apart from the noise"),
@@ -75,9 +75,9 @@ def test_reasons_carry_n_and_say_what_the_interval_covers() -> None:
     assert "of 4 cells" in several and "the choice of these cells, not donors" in several
 
 
-@pytest.mark.parametrize(("n", "too_few"), [(5, True), (6, False)])
-def test_too_few_seeds_to_reach_any_p_are_named(n: int, too_few: bool) -> None:
-    """Five sign flips give 2/32 at least, six 2/64."""
+@pytest.mark.parametrize(("n", "too_few"), [(9, True), (10, False)])
+def test_too_few_seeds_for_any_one_readout_are_named(n: int, too_few: bool) -> None:
+    """Nine sign flips give p = 2/512 at least, q = 0.078 over 20 readouts; ten give q = 0.039."""
     text = reasons(judge(CLEAR | {"q": 0.5, "n": n}, INSIDE, 1, 20))
     assert ("compare over more seeds" in text) == too_few
 
@@ -126,7 +126,8 @@ def linear(slope: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("slope", "says", "small"), [(0.25, "smaller", True), (1.0, "not told apart", False), (2.0, "larger", False)]
+    ("slope", "says", "small"),
+    [(0.25, "smaller", True), (1.0, "not told apart from true ones", False), (2.0, "larger", False)],
 )
 def test_the_slope_of_a_known_line_is_found_and_said(slope: float, says: str, small: bool) -> None:
     effects = track_record.driver_effects(linear(slope))
@@ -168,7 +169,7 @@ def test_the_fit_says_size_direction_and_whether_it_is_clear(evaluation: dict[st
     evaluation["generated_vs_real"]["spacing_um"] = {"value": 0.5, "low": -0.1, "high": 1.1}
     density, composition, spacing = track_record.fits(evaluation)
     assert density.generated == "-12.0 % (-20.0 to -5.0)" and "12.0 % fewer" in density.sentence
-    assert "excludes no difference" in density.sentence and "includes no difference" in spacing.sentence
+    assert "excludes 0" in density.sentence and "includes 0" in spacing.sentence
     assert "farther apart" in spacing.sentence and composition.generated.endswith(" nats")
     wrong = evaluation["ceiling_conditions_exchanged"]["by_type"]["composition_kl"]
     assert composition.exchanged_by_type == f"{wrong:.3f} nats" and f"{wrong:.3f} nats" in composition.sentence

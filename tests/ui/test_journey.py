@@ -113,6 +113,10 @@ def test_journey(address: str, browser, tmp_path: Path) -> None:
     # Start: the first picture, marked and described.
     page.goto(address)
     expect(page.get_by_alt_text(BEFORE)).to_be_visible()
+    page.screenshot(path=PICTURES / "0-tour.png")
+    page.get_by_role("button", name="Got it").click()
+    expect(page.get_by_role("button", name="Got it")).to_have_count(0)
+    page.locator("[data-testid='stApp'][data-test-script-state='notRunning']").wait_for()
     expect(page.get_by_text("Draft: one draw from one seed, unedited.")).to_be_visible()
 
     # Pick another cell.
@@ -130,6 +134,8 @@ def test_journey(address: str, browser, tmp_path: Path) -> None:
     gene = suggested.inner_text().strip()
     suggested.click()
     card = page.locator(f".st-key-gene-{gene}")
+    expect(card).to_be_visible()
+    page.locator("[data-testid='stApp'][data-test-script-state='notRunning']").wait_for()
     card.locator("label", has_text="Knock out").click()
     expect(page.get_by_alt_text(AFTER)).to_be_visible()
     expect(page.get_by_role("button", name=f"{gene} knocked out")).to_be_visible()
@@ -154,8 +160,11 @@ def test_journey(address: str, browser, tmp_path: Path) -> None:
     waiting.value.save_as(tmp_path / "all.zip")
     with zipfile.ZipFile(tmp_path / "all.zip") as archive:
         assert archive.testzip() is None
-        assert {"report.html", "recipe.json", "comparison.csv"} <= set(archive.namelist())
+        assert {"report.html", "recipe.json", "comparison.csv", "result.h5ad"} <= set(archive.namelist())
         archive.extract("report.html", tmp_path)
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Report (PDF)").click()
+    assert Path(waiting.value.path()).read_bytes()[:5] == b"%PDF-"
 
     # The report, in the app and by itself without a network.
     page.get_by_role("link", name="Report").click()
@@ -182,6 +191,20 @@ def test_journey(address: str, browser, tmp_path: Path) -> None:
     expect(page.get_by_alt_text(AFTER)).to_be_visible()
     page.screenshot(path=PICTURES / "7-signature.png")
 
+    # Scenarios are named, duplicated and drawn side by side.
+    page.get_by_role("link", name="Compare").click()
+    page.get_by_role("button", name="Add what Explore shows").click()
+    page.get_by_role("textbox", name="Name of scenario 1").fill("Signature")
+    page.get_by_role("textbox", name="Name of scenario 1").press("Enter")
+    page.get_by_role("button", name="Duplicate scenario 1").or_(
+        page.locator(".st-key-copy-scenario-0 button")
+    ).first.click()
+    expect(page.get_by_role("textbox", name="Name of scenario 2")).to_be_visible()
+    page.get_by_role("button", name=re.compile("^Draw 2 scenarios")).click()
+    expect(page.get_by_role("button", name="Table (CSV)")).to_be_visible()
+    expect(page.get_by_alt_text("Generated H&E picture of scenario Signature", exact=True)).to_be_visible()
+    page.screenshot(path=PICTURES / "8-compare.png", full_page=True)
+
     # A screen is started, seen at work and cancelled; its ranking is kept.
     page.get_by_role("link", name="Screen").click()
     page.get_by_role("button", name="Start the screen").click()
@@ -189,5 +212,5 @@ def test_journey(address: str, browser, tmp_path: Path) -> None:
     page.get_by_role("button", name="Cancel").click()
     expect(page.get_by_role("button", name="Go on with the screen")).to_be_visible()
     expect(page.get_by_text("All candidates, ranked without drawing")).to_be_visible()
-    page.screenshot(path=PICTURES / "8-screen.png", full_page=True)
+    page.screenshot(path=PICTURES / "9-screen.png", full_page=True)
     assert faults == []

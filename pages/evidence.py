@@ -1,0 +1,222 @@
+"""May I believe this effect? Lights on this comparison, how such claims fared, fit to real tissue, limits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from pages import _ui
+
+if TYPE_CHECKING:
+    from ge2hist_core.model import GE2Hist
+    from pages._experiment import Experiment
+    from perturb.result import Result
+    from perturb.track_record import Fit
+    from perturb.verdict import Verdict
+
+LOOKS = {
+    "green": ":green-badge[:material/check_circle: supported]",
+    "amber": ":orange-badge[:material/error: partly supported]",
+    "grey": ":gray-badge[:material/help: no evidence]",
+}
+READOUTS = {"density": "Density", "spacing": "Nearest neighbour"}
+
+SIMULATED = (
+    "- **Simulated tissue.** It learnt from one simulated kind of tissue, and draws real cells by extrapolation."
+)
+MEASURED = "- **One tissue.** It knows the cell types, genes and stains of its training tissue, nothing else."
+LIMITS = """
+- **Not diagnostic.** No picture here is tissue, and none is a basis for a decision about a patient.
+- **Conditional, not causal.** It shows what surrounded cells of such expression. It answers to a gene that merely
+  travels along as it does to a cause, and nothing here tells the two apart.
+- **No donors.** More seeds make the model's answer more precise. They replace neither donors nor an experiment.
+- **The reader errs.** Nuclei are counted and typed in the pictures by a trained reader that misses and mistypes some.
+- **Alike in H&E.** CD4 T, CD8 T and B cells are not told apart in a picture; they count as *Lymphocyte*.
+"""
+
+
+def page() -> None:
+    model = _ui.get_model()
+    opened = _ui.open_experiment(model)
+    _ui.show_message()
+    st.markdown("#### Evidence")
+    st.markdown("##### This comparison")
+    with _ui.guard():
+        if opened is None:
+            st.info("There are no cells here yet: upload an `.h5ad` file on the Explore page first.")
+        else:
+            _comparison(opened[0])
+    with _ui.guard():
+        _evaluation(model)
+    st.markdown("##### What this model cannot do")
+    simulated = (model.report or {}).get("simulation")
+    st.markdown((SIMULATED if simulated else MEASURED) + LIMITS)
+    st.page_link("pages/about.py", label="Model card, data and all limits", icon=":material/info:")
+    if opened is not None:
+        _ui.write_address(opened[0])
+
+
+# This comparison
+
+
+def _comparison(experiment: Experiment) -> None:
+    recipe = experiment.recipe
+    if _ui.under_way(recipe.hash):
+        return
+    result = _ui.get_result(recipe) if recipe.perturbation and recipe != recipe.draft else None
+    if result is None:
+        _how_to_compare(experiment)
+        return
+    _lights(result)
+
+
+def _how_to_compare(experiment: Experiment) -> None:
+    recipe = experiment.recipe
+    with st.container(border=True, key="empty-evidence"):
+        if not recipe.perturbation:
+            st.markdown("**No edit yet.** Edit a gene on the Explore page, then press *Compare* there.")
+        else:
+            st.markdown(
+                f"**Not compared yet.** {_ui.plain(recipe.perturbation)} has been drawn from one seed at most, which "
+                "cannot tell an effect from noise. Press *Compare* on the Explore page; what the lights find is shown "
+                "here."
+            )
+        st.page_link("pages/explore.py", label="Go to Explore", icon=":material/biotech:")
+
+
+def _lights(result: Result) -> None:
+    from perturb.verdict import verdicts
+
+    recipe = result.recipe
+    more = len(recipe.cell_ids) - 1
+    st.markdown(
+        f"**{_ui.plain(recipe.perturbation)}** in **{_ui.plain(recipe.cell_ids[0])}**"
+        f"{f' and {more} more cells' * bool(more)}, {len(recipe.seeds)} noise seeds. Open a line for its reasons."
+    )
+    with st.container(gap="small", key="lights"):
+        for verdict in verdicts(result):
+            _line(verdict)
+    st.caption(
+        "Green: the model's pictures differ by more than the noise of drawing them, for a cell inside its training data"
+        f"{', and by more than random wiring explains' * (recipe.propagation is not None)}. Amber: some of this, not "
+        "all. Grey: no evidence. No light says that tissue would change. Shares: the three most frequent types before "
+        "the edit; all readouts are on the Explore page."
+    )
+    if result.warnings:
+        with st.expander(f"Technical doubts about this run ({len(result.warnings)})", icon=":material/warning:"):
+            for warning in result.warnings:
+                st.markdown(f"- {_ui.plain(warning)}")
+
+
+def _line(verdict: Verdict) -> None:
+    name = READOUTS.get(verdict.readout, f"Share of {verdict.readout.partition(':')[2]}")
+    with st.expander(f"{LOOKS[verdict.light]} **{_ui.plain(name)}.** {_ui.plain(verdict.claim)}"):
+        marks = {True: ":green[:material/check:]", False: ":gray[:material/close:]"}
+        st.markdown("  \n".join(f"{marks[check.passed]} {_ui.plain(check.reason)}" for check in verdict.checks))
+
+
+# What was measured of the bundle
+
+
+def _evaluation(model: GE2Hist) -> None:
+    from perturb.track_record import driver_effects, fits, read_evaluation
+
+    evaluation = read_evaluation(_ui.bundle_folder())
+    known = evaluation is not None and evaluation.get("bundle_sha256") == model.sha256
+    st.markdown("##### How such claims have fared where the truth is known")
+    if evaluation is None or not known:
+        _no_evaluation(older=evaluation is not None)
+        return
+    with _ui.guard():
+        effects = driver_effects(evaluation)
+        if len(effects):
+            _known_truth(evaluation, effects)
+        else:
+            st.caption(
+                "This bundle's evaluation holds no edits of known effect: truth is known for simulated tissue alone."
+            )
+    st.markdown("##### How well pictures fit real tissue")
+    with _ui.guard():
+        rows = fits(evaluation)
+        if rows:
+            _fit(evaluation, rows)
+        else:
+            st.caption("This bundle's evaluation does not compare pictures with real tissue.")
+
+
+def _no_evaluation(older: bool) -> None:
+    with st.container(border=True, key="empty-evaluation"):
+        st.subheader("The evaluation is of other weights" if older else "This bundle was not evaluated")
+        st.markdown(
+            (
+                "The model was trained again since its `evaluation.json` was written, so its figures are not shown. "
+                * older
+            )
+            + "Evaluate it on donors it has not learnt from, then reload this page. Until then nothing is known here "
+            "of how its claims fare."
+        )
+        st.code("python -m ge2hist_core evaluate BUNDLE DATA.zarr --out BUNDLE", language="bash")
+
+
+def _known_truth(evaluation: dict[str, Any], effects: Any) -> None:
+    from perturb import charts
+    from perturb.track_record import signs, size_in_words, slopes, undersized
+
+    found, programmes = slopes(effects), effects["programme"].nunique()
+    sized = [size_in_words(unit, slope, programmes) for unit, slope in found.items()]
+    cells = _ui.plain(evaluation["driver_programmes"].get("n_cells", ""))
+    st.markdown(
+        "In simulated tissue the causes are set by hand, so each drawn change can be held against the true one. All "
+        f"driver genes of a programme were switched off or raised fourfold{f' in {cells} cells' * bool(cells)}."
+    )
+    right = signs(evaluation)
+    if right:
+        said = " and ".join(f"**{a} of {n}** ({_ui.plain(what)})" for what, a, n in right)
+        st.markdown(f"**Direction.** The drawn change went the true way in {said}. Guessing would be right in half.")
+    advice = " Drawn effects are smaller than true ones: take a direction from such pictures, not a size."
+    st.markdown(f"**Size.**{advice * undersized(found)}\n" + "\n".join(f"- {_ui.plain(one)}" for one in sized))
+    figure = charts.true_against_drawn(effects, {unit: one.value for unit, one in found.items()}, _ui.theme())
+    st.plotly_chart(figure, theme=None, key="true against drawn", config=charts.CHART_CONFIG)
+    st.caption(
+        "One triangle per programme, direction and readout, pointing the way the programme was pushed. Only causes "
+        "were edited here; genes that merely travel along, whose true effect is none, are not in this chart."
+    )
+
+
+def _fit(evaluation: dict[str, Any], rows: list[Fit]) -> None:
+    donors = f", of {rows[0].donors} donors it has not learnt from" * bool(rows[0].donors)
+    st.markdown(
+        f"{rows[0].n:,} pictures beside the real tiles of the same cells{donors}; both went through the same reader."
+        f"{' *Real* is here the simulated tissue itself.' * bool(evaluation.get('driver_programmes'))}"
+    )
+    dash = "–"
+    header = (
+        "| | Pictures − real | Other real tiles − real | By type: pictures | By type: other real tiles | "
+        "By type: wrong cell's pictures |\n|---|---|---|---|---|---|\n"
+    )
+    lines = [
+        " | ".join(
+            _ui.plain(text or dash)
+            for text in (
+                row.readout,
+                row.generated,
+                row.floor,
+                row.generated_by_type,
+                row.floor_by_type,
+                row.exchanged_by_type,
+            )
+        )
+        for row in rows
+    ]
+    st.markdown(header + "\n".join(f"| {line} |" for line in lines))
+    st.caption(
+        "In brackets: 95 % intervals over donors and their cells. By type: mean absolute difference over the types of "
+        "the central cell. Other real tiles, of cells of the same type, are as near as a picture can be asked to come; the "
+        "wrong cell's pictures, drawn for another cell's expression, are what ignoring the cell would give."
+    )
+    st.markdown("\n".join(f"- **{_ui.plain(row.readout)}.** {_ui.plain(row.sentence)}" for row in rows))
+
+
+with _ui.guard():
+    page()
