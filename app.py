@@ -11,6 +11,7 @@ PAGES = (
     ("pages/compare.py", "Compare", ":material/compare:"),
     ("pages/cell_types.py", "Cell types", ":material/grid_view:"),
     ("pages/screen.py", "Screen", ":material/table_rows:"),
+    ("pages/evidence.py", "Evidence", ":material/fact_check:"),
     ("pages/report.py", "Report", ":material/description:"),
     ("pages/about.py", "About", ":material/info:"),
 )

@@ -212,7 +212,7 @@ def _map_figure(source: H5adSource, plane: Any, name: str, current: str) -> Any:
             y=plane[part, 1],
             customdata=source.cell_id[part].tolist(),
             mode="markers",
-            name=cell_type,
+            name=_ui.escape(cell_type),
             marker={"size": 7 if len(rows) < 3000 else 4, "color": colour_of(cell_type)},
             hovertemplate="%{customdata}<br>" + _ui.escape(cell_type) + "<extra></extra>",
         )

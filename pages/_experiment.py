@@ -99,14 +99,18 @@ def with_set(perturbation: Perturbation, name: str, edits: EditSet | None) -> Pe
 
 
 def _with_part(perturbation: Perturbation, key: object, part: Edit | EditSet | None) -> Perturbation:
-    parts: dict[object, Edit | EditSet] = {
-        one.gene if isinstance(one, Edit) else ("set", one.name): one for one in perturbation.parts
-    }
-    if part is None:
-        parts.pop(key, None)
-    else:
-        parts[key] = part
-    return Perturbation(tuple(parts.values()))
+    """The first part of this key replaced, or one added at the end; further ones of the key go, all others stay."""
+    kept: list[Edit | EditSet | None] = []
+    placed = False
+    for one in perturbation.parts:
+        if (one.gene if isinstance(one, Edit) else ("set", one.name)) != key:
+            kept.append(one)
+        elif not placed:
+            kept.append(part)
+            placed = True
+    if not placed:
+        kept.append(part)
+    return Perturbation(tuple(one for one in kept if one is not None))
 
 
 def describe(edit: Edit | EditSet) -> str:

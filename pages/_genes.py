@@ -116,7 +116,7 @@ def _gene_card(experiment: Experiment, profile: Profile, gene: str, edits: dict[
             label_visibility="collapsed",
         )
     elif row["count"]:
-        st.session_state[f"amount {gene}"] = _percent(edit)
+        st.session_state[f"amount {gene}"] = _percent(edit, row["count"])
         st.slider(
             f"Level of {gene} in % of its counts",
             0,
@@ -132,7 +132,7 @@ def _gene_card(experiment: Experiment, profile: Profile, gene: str, edits: dict[
     else:
         st.session_state[f"set {gene}"] = round(edit.amount) if edit is not None and edit.kind == "set" else 0
         st.number_input(
-            f"Set {gene} to this many counts",
+            f"Set {_ui.plain(gene)} to this many counts",
             0,
             int(MAX_COUNT),
             key=f"set {gene}",
@@ -188,9 +188,11 @@ def _ordinal(value: float) -> str:
     return f"{n}{ending}"
 
 
-def _percent(edit: Edit | None) -> int:
-    if edit is None or edit.kind in ("set", "percentile"):
+def _percent(edit: Edit | None, count: float) -> int:
+    if edit is None or edit.kind == "percentile":
         return 100
+    if edit.kind == "set":
+        return min(round(100 * edit.amount / count), round(100 * MAX_FACTOR))
     return 0 if edit.kind == "ko" else round(100 * edit.amount)
 
 

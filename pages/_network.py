@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from ge2hist_core.types import BadInput
 from pages import _ui
 from pages._experiment import Experiment
 
@@ -24,7 +25,14 @@ OFF = ""
 def network_panel(experiment: Experiment, source: H5adSource) -> None:
     """Choice of the network and the number of steps; off at first."""
     now = experiment.recipe.propagation
-    known = _known(now.network_sha256 if now else None)
+    known = _known()
+    if now is not None and now.network_sha256 not in known:
+        try:
+            known[now.network_sha256] = _ui.get_network(now.network_sha256)
+        except BadInput as error:
+            st.warning(_ui.plain(error), icon=":material/warning:")
+            st.button("Do without the network", key="drop network", on_click=_become, args=(experiment, OFF))
+            return
     with st.expander("Let edits spread through a network", expanded=now is not None, icon=":material/hub:"):
         st.session_state["network"] = OFF if now is None else now.network_sha256
         st.selectbox(
@@ -48,6 +56,10 @@ def network_panel(experiment: Experiment, source: H5adSource) -> None:
                 "show.",
             )
             network = known[now.network_sha256]
+            st.download_button(
+                "This network (CSV)", _ui.csv(network.table()), "network.csv", "text/csv", key="download network",
+                on_click="ignore",
+            )  # fmt: skip
             edges = sum(gene in set(experiment.recipe.perturbation.genes) for gene in network.regulators)
             st.caption(
                 f"{edges:,} of {len(network):,} edges start at an edited gene. The same edit is also drawn directly "
@@ -67,7 +79,8 @@ def _more(experiment: Experiment, source: H5adSource) -> None:
         "together; that an edge is causal, it cannot show.",
     )
     if st.button("Fit", key="fit network", icon=":material/functions:", disabled=not genes):
-        with _ui.guard(), st.spinner("Fitting the network"):
+        # One fit at a time, as with drafts: it takes both cores for a second or more.
+        with _ui.guard(), st.spinner("Fitting the network"), _ui.draft_lock():
             from perturb.networks import fitted
 
             network = fitted(source, genes, name=f"fitted to {source.path.name}"[:60])
@@ -80,7 +93,7 @@ def _more(experiment: Experiment, source: H5adSource) -> None:
     turn = st.session_state.setdefault("network turn", 0)
     uploaded = st.file_uploader(
         "Or upload a signed network (source, target, weight)",
-        type=["csv", "tsv", "txt", "gz", "parquet"],
+        type=["csv", "tsv", "txt", "gz", "parquet", "json"],
         key=f"network file {turn}",
         max_upload_size=100,
         help="CollecTRI or DoRothEA as decoupler gives them. Text may be gzipped.",
@@ -94,14 +107,17 @@ def _more(experiment: Experiment, source: H5adSource) -> None:
             st.rerun()
 
 
-def _known(current: str | None) -> dict[str, Network]:
-    """Networks of this tab by SHA-256: the known truth, what was fitted or uploaded here, and the recipe's."""
+def _known() -> dict[str, Any]:
+    """Networks of this tab by SHA-256: the known truth, and what was fitted or uploaded here and is still kept."""
     from perturb.networks import known_truth
 
-    shas = [known_truth().sha256, *st.session_state.get("networks", [])]
-    if current is not None and current not in shas:
-        shas.append(current)
-    return {sha: _ui.get_network(sha) for sha in shas}
+    found = {}
+    for sha in (known_truth().sha256, *st.session_state.get("networks", [])):
+        try:
+            found[sha] = _ui.get_network(sha)
+        except BadInput:
+            continue
+    return found
 
 
 def _label(network: Network) -> str:
@@ -109,11 +125,12 @@ def _label(network: Network) -> str:
 
 
 def _keep(network: Network) -> None:
-    from ge2hist_core.types import BadInput
     from perturb.networks import keep_network
 
     if not network.signed:
         raise BadInput(f"The network {network.name!r} has edges without sign: fit it to cells on the command line.")
+    if not len(network):
+        raise BadInput(f"The network {network.name!r} has no edge from one gene to another: give one that has.")
     keep_network(network, _ui.networks_folder())
     mine = st.session_state.setdefault("networks", [])
     if network.sha256 not in mine:
@@ -121,18 +138,13 @@ def _keep(network: Network) -> None:
 
 
 def _read(uploaded: Any) -> Network:
-    from ge2hist_core.files import atomic_path
     from perturb.grn import read_network
 
-    content = uploaded.getvalue()
     name = re.sub(r"[^\w.-]+", "_", Path(uploaded.name).name).strip("._")[-80:] or "network"
-    path = _ui.home() / "uploads" / f"network-{hashlib.sha256(content).hexdigest()}" / name
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(uploaded.getvalue())
         return read_network(path)
-    finally:
-        _ui.drop_upload(path)
 
 
 def _choose(experiment: Experiment) -> None:

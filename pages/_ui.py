@@ -196,14 +196,19 @@ def _profile(recipe_hash: str, seed: int, _cells: Cells, _model: GE2Hist) -> Pro
 
 def get_edits(recipe: Recipe, model: GE2Hist, source: H5adSource) -> dict[str, dict[str, Any]]:
     """What the encoder sees of each edited gene of the first cell; see :func:`perturb.tables.edit_table`."""
-    return _edits(recipe.hash, recipe, model, get_cells(recipe, source))
+    return _edits(recipe.hash, recipe, model, get_cells(recipe, source), network_of(recipe))
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
-def _edits(recipe_hash: str, _recipe: Recipe, _model: GE2Hist, _cells: Cells) -> dict[str, dict[str, Any]]:
+def _edits(
+    recipe_hash: str, _recipe: Recipe, _model: GE2Hist, _cells: Cells, _network: Network | None
+) -> dict[str, dict[str, Any]]:
+    from perturb.run import edited_cells
     from perturb.tables import edit_table
 
-    table = edit_table(_recipe.perturbation, _cells.take([0]), _model, _recipe.encoder_seed, _cells)
+    first = _cells.take([0])
+    edited = edited_cells(_recipe.draft, first, _cells, _network)[0]
+    table = edit_table(_recipe.perturbation, first, _model, _recipe.encoder_seed, _cells, edited)
     return table.drop(columns="cell_id").set_index("gene").to_dict("index")
 
 
@@ -464,7 +469,8 @@ def _from_query(query: dict[str, str], model: GE2Hist) -> Experiment:
 
 
 def check_recipe(recipe: Recipe, source: H5adSource) -> None:
-    """Refuse a recipe whose cells, genes or percentiles the file does not have."""
+    """Refuse a recipe whose cells, genes or percentiles the file does not have, or whose network is not here."""
+    network_of(recipe)
     cells = get_cells(recipe, source)
     recipe.perturbation.apply(cells.take(slice(len(recipe.cell_ids))), cells)
 

@@ -212,7 +212,7 @@ def _fit(evaluation: dict[str, Any], rows: list[Fit]) -> None:
     st.markdown(header + "\n".join(f"| {line} |" for line in lines))
     st.caption(
         "In brackets: 95 % intervals over donors and their cells. By type: mean absolute difference over the types of "
-        "the central cell. Other real tiles, of cells of the same type, are as near as a picture can be asked to come; the "
+        "the central cell. Other real tiles, of cells of the same type, are as near as one can ask for; the "
         "wrong cell's pictures, drawn for another cell's expression, are what ignoring the cell would give."
     )
     st.markdown("\n".join(f"- **{_ui.plain(row.readout)}.** {_ui.plain(row.sentence)}" for row in rows))

@@ -555,7 +555,7 @@ def true_against_drawn(effects: pd.DataFrame, slopes: Mapping[str, float], theme
             )
         title = "density" if unit == "cells/mm²" else "shares"
         figure.update_xaxes(title_text=f"True change of {title} ({unit})", range=[-end, end], **place)
-        figure.update_yaxes(title_text=f"Drawn change of {title} ({unit})", range=[-end, end], **place)
+        figure.update_yaxes(title_text=f"Drawn change ({unit})", range=[-end, end], **place)
     _finish(figure, theme, "Drawn against true changes")
     legend = {"orientation": "h", "x": 0.0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
     return figure.update_layout(height=500, legend=legend)

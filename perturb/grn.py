@@ -165,8 +165,10 @@ class Network:
         return hashlib.sha256(json.dumps([self.signed, self.scale, edges], ensure_ascii=False).encode()).hexdigest()
 
     def table(self) -> pd.DataFrame:
-        """Columns ``source, target, weight``, as :func:`read_network` reads them."""
-        return pd.DataFrame({"source": self.regulators, "target": self.targets, "weight": self.weights})
+        """Columns ``source, target, weight, scale``, which :func:`read_network` reads back to the same network."""
+        return pd.DataFrame(
+            {"source": self.regulators, "target": self.targets, "weight": self.weights, "scale": self.scale}
+        )
 
     def matrix(self, genes: Sequence[str] | np.ndarray) -> sp.csr_matrix:
         """Weights between the given genes, ``[source gene, target gene]`` CSR float64; other edges are left out.
@@ -766,6 +768,8 @@ def read_network(
     - Long table, comma, tab or semicolon between columns, or parquet: one edge per row in columns ``source`` (or
       ``tf``), ``target`` and ``weight`` (or ``mor``), as decoupler gives CollecTRI (doi:10.1093/nar/gkad841) and
       DoRothEA (doi:10.1101/gr.240663.118).
+      A column ``scale`` (one number, counts per cell after normalisation) belongs to fitted weights.
+    - ``network.json`` of a report (:func:`pack_network`).
     - CellOracle's base GRN, text or parquet: one row per peak, columns ``peak_id``, ``gene_short_name`` and one of 0
       and 1 per regulator. An edge is a regulator with a 1 in any peak of the gene. Such a network has no signs: it
       names candidates for :func:`fit_network`.
@@ -782,6 +786,8 @@ def read_network(
     """
     path = Path(path)
     content = _content(path, max_bytes)
+    if content.lstrip()[:1] == b"{":
+        return _packed(content, path.name)
     try:
         frames = _parquet_frames(content) if content[:4] == b"PAR1" else _text_frames(content)
         first = next(frames, None)
@@ -789,7 +795,12 @@ def read_network(
             raise BadInput(f"{path.name} holds no table: give columns source, target and weight.")
         wide = "gene_short_name" in map(_plain, first.columns)
         frames = itertools.chain([first], frames)
-        edges = _wide_edges(frames, path.name) if wide else _long_edges(frames, path.name, confidence)
+        scale = SCALE
+        if wide:
+            edges = _wide_edges(frames, path.name)
+        else:
+            *ends, scale = _long_edges(frames, path.name, confidence)
+            edges = (ends[0], ends[1], ends[2])
     except BadInput:
         raise
     except (ValueError, OSError, csv.Error) as error:  # pandas' and pyarrow's own are kinds of ValueError
@@ -798,7 +809,15 @@ def read_network(
     if wide and confidence is not None:
         raise BadInput(f"{path.name} is a base GRN without levels: leave confidence out.")
     origin = f"{path.name}, SHA-256 {sha256_file(path)}"
-    return Network(*edges, name or path.name.split(".")[0] or path.name, origin, signed=not wide)
+    return Network(*edges, name or path.name.split(".")[0] or path.name, origin, scale, signed=not wide)
+
+
+def _packed(content: bytes, file: str) -> Network:
+    try:
+        packed = json.loads(content)
+    except ValueError as error:
+        raise BadInput(f"{file} is neither a table nor JSON ({error}): give source, target and weight.") from None
+    return unpack_network(packed)
 
 
 def _content(path: Path, max_bytes: int) -> bytes:
@@ -849,7 +868,7 @@ def _plain(column: object) -> str:
 
 def _long_edges(
     frames: Iterable[pd.DataFrame], file: str, confidence: Collection[str] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     table = pd.concat(frames, ignore_index=True)
     table.columns = [_plain(column) for column in table.columns]
     picked = {}
@@ -872,7 +891,17 @@ def _long_edges(
     if values.isna().any():
         row = values.index[values.isna()][0]
         raise BadInput(f"Row {row + 1} of {file} has weight '{picked['weight'][row]}': give a number other than 0.")
-    return ends[0].to_numpy(), ends[1].to_numpy(), values.to_numpy(dtype=np.float64)
+    return ends[0].to_numpy(), ends[1].to_numpy(), values.to_numpy(dtype=np.float64), _scale(table, file)
+
+
+def _scale(table: pd.DataFrame, file: str) -> float:
+    """The one number of column ``scale``, or the common one."""
+    if "scale" not in table.columns:
+        return SCALE
+    values = pd.to_numeric(table["scale"], errors="coerce").unique()
+    if len(values) != 1 or not values[0] > 0:
+        raise BadInput(f"Column 'scale' of {file} must hold one positive number in all rows: correct or leave it out.")
+    return float(values[0])
 
 
 def _of_confidence(table: pd.DataFrame, file: str, confidence: Collection[str] | None) -> pd.Series:

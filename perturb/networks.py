@@ -21,8 +21,9 @@ from perturb.grn import Network, fit_network, pack_network, read_network, unpack
 
 if TYPE_CHECKING:
     from ge2hist_core.data import H5adSource
+    from perturb.recipe import Recipe
 
-__all__ = ["fitted", "keep_network", "kept_network", "kept_networks", "known_truth"]
+__all__ = ["fitted", "keep_network", "kept_network", "kept_networks", "known_truth", "network_for"]
 
 FIT_CELLS = 4000
 """Cells that a network is fitted to, at most; drawn at random once for all."""
@@ -81,8 +82,25 @@ def fitted(
 
 
 def keep_network(network: Network, folder: Path) -> None:
-    """Write a network under its SHA-256."""
-    write_json(folder / f"{network.sha256}.json", pack_network(network))
+    """Write a network under its SHA-256; one that is there stays as it is, with the name that it was given first."""
+    path = folder / f"{network.sha256}.json"
+    if path.is_file():
+        path.touch()
+    else:
+        write_json(path, pack_network(network))
+
+
+def network_for(recipe: Recipe, given: str | None, beside: str | Path) -> Network | None:
+    """The network of a recipe from the command line: the file that is given, else ``network.json`` beside the recipe.
+
+    Raises
+    ------
+    BadInput: a file that cannot be read.
+    """
+    if recipe.propagation is None:
+        return None
+    path = Path(beside).parent / "network.json"
+    return read_network(given) if given else read_network(path) if path.is_file() else None
 
 
 def kept_network(digits: str, folder: Path) -> Network:

@@ -78,6 +78,8 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, tuple) or not value or not all(type(part) is kind for part in value):
                 raise BadInput(f"{name} is {value!r}: give at least one {'name' if kind is str else 'whole number'}.")
+            if any(isinstance(part, str) and not part.isprintable() for part in value):
+                raise BadInput(f"{name} holds {ascii(value)[:80]}: a name must consist of printable characters.")
             if len(set(value)) != len(value):
                 raise BadInput(f"{name} names {_first_repeated(value)!r} twice: leave one out.")
         for seed in (*self.seeds, self.encoder_seed):
@@ -161,6 +163,10 @@ class Recipe:
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in (*parts, sample, spread or {})):
             raise BadInput(
                 "The recipe's perturbation, propagation or sample is malformed: give a recipe.json that GE2Hist wrote."
+            )
+        if spread and spread.get("control"):
+            raise BadInput(
+                "The recipe's propagation is a control, which is drawn beside another: set control to false."
             )
         try:
             value["perturbation"] = Perturbation(tuple(map(_part, parts)))
@@ -283,22 +289,22 @@ def _print_seeds(seeds: tuple[int, ...]) -> str:
 
 
 def _print_propagation(propagation: Propagation | None) -> str:
-    """``NETWORK,STEPS,LOW,HIGH`` with 12 digits of the network's SHA-256."""
+    """``NETWORK,STEPS,LOW,HIGH,NAME`` with 12 digits of the network's SHA-256."""
     if propagation is None:
         return ""
     numbers = (propagation.steps, *propagation.quantiles)
-    return ",".join([propagation.network_sha256[:_SHORT], *map(_print_number, numbers)])
+    name = quote(propagation.network_name, safe=" ")
+    return ",".join([propagation.network_sha256[:_SHORT], *map(_print_number, numbers), name])
 
 
 def _parse_propagation(text: str, find_network: Callable[[str], Network] | None) -> Propagation:
-    digits, *numbers = text.split(",")
+    digits, *numbers, name = text.split(",")
     if not re.fullmatch(r"[0-9a-f]{12}", digits) or len(numbers) != 3:
-        raise BadInput(f"network is {text!r}: write 12 digits of its SHA-256, steps and two quantiles.")
+        raise BadInput(f"network is {text!r}: write 12 digits of its SHA-256, steps, two quantiles and its name.")
     steps, low, high = (_number("network", n, kind) for n, kind in zip(numbers, (int, float, float), strict=True))
     if find_network is None:
         raise BadInput(f"This link spreads edits through the network {digits}: open that network first.")
-    network = find_network(digits)
-    return Propagation(network.sha256, network.name, steps, (low, high))
+    return Propagation(find_network(digits).sha256, unquote(name), steps, (low, high))
 
 
 def _parse_seeds(text: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,8 @@ import scipy.sparse as sp
 from ge2hist_core import rng
 from ge2hist_core.types import BadInput, Cells, Latent
 from perturb.cache import DiskCache
-from perturb.grn import Network, observed_range, propagate, randomised, read_network
+from perturb.edits import MIN_REFERENCE
+from perturb.grn import Network, observed_range, propagate, randomised
 from perturb.recipe import Recipe
 from perturb.result import Arm, Result, load_arm, store_result
 from perturb.tables import compare
@@ -113,11 +114,30 @@ def edited_cells(recipe: Recipe, chosen: Cells, cells: Cells, network: Network |
     how = recipe.propagation
     if how is None or network is None or not recipe.perturbation:
         return [direct]
-    low, high = observed_range(cells, how.quantiles)
     networks = [randomised(network, seed) for seed in recipe.seeds] if how.control else [network]
-    before, after, genes = chosen.counts, direct.counts, recipe.perturbation.genes
-    spread = (propagate(n, chosen.genes, before, after, low, high, steps=how.steps, edited=genes) for n in networks)
-    return [direct.with_counts(sp.csr_matrix(one.counts)) for one in spread]
+    genes, out = recipe.perturbation.genes, []
+    for one in networks:
+        order, parts = [], []
+        for rows, reference in _by_type(chosen, cells):
+            span, before, after = observed_range(reference, how.quantiles), chosen.counts[rows], direct.counts[rows]
+            parts.append(propagate(one, chosen.genes, before, after, *span, steps=how.steps, edited=genes).counts)
+            order.append(rows)
+        stacked = sp.vstack(parts, format="csr")
+        out.append(direct.with_counts(stacked[np.argsort(np.concatenate(order))]))
+    return out
+
+
+def _by_type(chosen: Cells, cells: Cells) -> Iterator[tuple[np.ndarray, Cells]]:
+    """Places of the chosen cells of each type, and the cells whose expression shows what that type reaches.
+
+    All cells where types are not given, or fewer than 20 share one.
+    """
+    if chosen.cell_type is None or cells.cell_type is None:
+        yield np.arange(len(chosen)), cells
+        return
+    for name in dict.fromkeys(chosen.cell_type):
+        peers = np.flatnonzero(cells.cell_type == name)
+        yield np.flatnonzero(chosen.cell_type == name), cells.take(peers) if len(peers) >= MIN_REFERENCE else cells
 
 
 def replay(arm: Arm, model: GE2Hist) -> np.ndarray:
@@ -128,7 +148,8 @@ def replay(arm: Arm, model: GE2Hist) -> np.ndarray:
 
 
 def cells_for(source: H5adSource, cell_ids: Sequence[str]) -> Cells:
-    """The cells of a recipe and, after them, at most 500 others of each of their types, drawn at random once for all.
+    """The cells of a recipe and, after them, at most 500 others of each of their types (of all, where the file gives no
+    types), drawn at random once for all.
 
     Raises
     ------
@@ -141,6 +162,9 @@ def cells_for(source: H5adSource, cell_ids: Sequence[str]) -> Cells:
             # Not the first ones: files are often sorted by donor or slide.
             peers = rng.stream(0, "peers", str(cell_type)).permutation(peers)[:PEERS]
             rows += np.setdiff1d(peers, rows).tolist()
+    else:
+        peers = rng.stream(0, "peers").permutation(np.flatnonzero(~source.empty))[:PEERS]
+        rows += np.setdiff1d(peers, rows).tolist()
     return source.take(rows)
 
 
@@ -246,7 +270,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder for report, tables and pictures")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
     parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="the h5ad that the recipe was made with")
-    parser.add_argument("--network", help="the network table of a recipe whose edits spread")
+    parser.add_argument(
+        "--network", help="table or JSON of a recipe whose edits spread, if no network.json lies beside it"
+    )
     parser.add_argument("--cache", help="folder in which finished arms are kept and looked up")
 
 
@@ -293,10 +319,11 @@ def main(args: argparse.Namespace) -> None:
     ------
     BadInput: a recipe, bundle or data file that cannot be used, or that do not belong together.
     """
+    from perturb.networks import network_for
     from perturb.report import write_report
 
-    network = read_network(args.network) if args.network else None
     recipe, model, cells = open_recipe(args)
+    network = network_for(recipe, args.network, args.recipe)
     cache = DiskCache(args.cache) if args.cache else None
     result = run(recipe, model, cells, network=network, cache=cache, on_progress=print_progress())
     for path in write_report(result, args.out, cells):

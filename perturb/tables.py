@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 LEVEL = 0.95
+FEW = 4
+"""Warnings of a kind that are given one by one, at most."""
 CONTRASTS = ("direct - unedited", "network - direct", "control - direct", "network - control")
 UNITS = {"density": "cells/mm²", "fraction": "fraction", "spacing": "µm", "spacing_var": "µm²"}
 """Unit of a readout by the part of its name before the colon."""
@@ -61,7 +63,7 @@ def compare(
     readouts = readout_table(recipe, arms, um_per_px)
     summary, comparison = statistics(recipe, readouts)
     states = state_table(recipe, model, arms["base"], arms["edited"])
-    edits = edit_table(recipe.perturbation, expression["base"], model, recipe.encoder_seed, cells)
+    edits = edit_table(recipe.perturbation, expression["base"], model, recipe.encoder_seed, cells, expression["edited"])
     spread = spread_table(recipe, model, expression)
     return Result(
         recipe=recipe,
@@ -96,7 +98,12 @@ def _model_card(model: GE2Hist) -> str:
 
 
 def edit_table(
-    perturbation: Perturbation, chosen: Cells, model: GE2Hist, seed: int, reference: Cells | None = None
+    perturbation: Perturbation,
+    chosen: Cells,
+    model: GE2Hist,
+    seed: int,
+    reference: Cells | None = None,
+    edited: Cells | None = None,
 ) -> pd.DataFrame:
     """What each edited gene looks like to the encoder, before and after; no picture is drawn.
 
@@ -105,41 +112,38 @@ def edit_table(
     chosen: the cells to edit.
     seed: the recipe's ``encoder_seed``.
     reference: cells whose types are compared with; percentiles are NaN where fewer than 20 share the cell's type.
+    edited: the cells as they are drawn, where more than the perturbation acts on them; None: edited by it alone.
 
     Returns
     -------
     DataFrame with the columns of :attr:`Result.edits`; bins are 0 (not seen) to 50.
     """
-    edited = perturbation.apply(chosen, reference)
+    if edited is None:
+        edited = perturbation.apply(chosen, reference)
+    genes = perturbation.genes
     known = dict(zip(chosen.genes, np.asarray(model.scgpt.match(chosen.genes).ids) >= 0, strict=True))
-    bins = [model.scgpt.bins(cells, seed) for cells in (chosen, edited)] if perturbation else []
+    columns = [int(np.flatnonzero(chosen.genes == gene)[0]) for gene in genes]
+    states = (chosen, edited)
+    bins = [model.scgpt.bins(cells, seed)[:, columns].toarray() for cells in states] if genes else []
+    counts = [cells.counts[:, columns].toarray() for cells in states]
+    done = {gene: ",".join(str(edit) for edit in perturbation.edits if edit.gene == gene) for gene in genes}
+    levels: dict[str, np.ndarray] = {}
+    if reference is not None and reference.cell_type is not None and chosen.cell_type is not None:
+        where = [int(np.flatnonzero(reference.genes == gene)[0]) for gene in genes]
+        for name in dict.fromkeys(chosen.cell_type):
+            peers = np.flatnonzero(reference.cell_type == name)
+            if len(peers) >= MIN_REFERENCE:
+                levels[name] = reference.counts[peers][:, where].toarray()
     rows = []
     for c, cell_id in enumerate(chosen.cell_id):
-        peers = None
-        if reference is not None and reference.cell_type is not None and chosen.cell_type is not None:
-            peers = np.flatnonzero(reference.cell_type == chosen.cell_type[c])
-        for gene in perturbation.genes:
-            column = np.flatnonzero(chosen.genes == gene)[0]
-            before, after = float(chosen.counts[c, column]), float(edited.counts[c, column])
-            levels = None
-            if reference is not None and peers is not None and len(peers) >= MIN_REFERENCE:
-                levels = reference.counts[peers][:, np.flatnonzero(reference.genes == gene)[0]].toarray()
-            rows.append(
-                {
-                    "cell_id": cell_id,
-                    "gene": gene,
-                    "edit": ",".join(str(edit) for edit in perturbation.edits if edit.gene == gene),
-                    "count_before": before,
-                    "count_after": after,
-                    "percentile_before": _percentile(before, levels),
-                    "percentile_after": _percentile(after, levels),
-                    "bin_before": int(bins[0][c, column]),
-                    "bin_after": int(bins[1][c, column]),
-                    "in_vocabulary": bool(known[gene]),
-                }
-            )
-    columns = ["cell_id", "gene", "edit", "count_before", "count_after", "percentile_before", "percentile_after"]
-    return pd.DataFrame(rows, columns=[*columns, "bin_before", "bin_after", "in_vocabulary"])
+        among = None if chosen.cell_type is None else levels.get(chosen.cell_type[c])
+        for g, gene in enumerate(genes):
+            before, after = (float(count[c, g]) for count in counts)
+            percentile = [_percentile(value, None if among is None else among[:, g]) for value in (before, after)]
+            seen = [int(one[c, g]) for one in bins]
+            rows.append((cell_id, gene, done[gene], before, after, *percentile, *seen, bool(known[gene])))
+    names = ["cell_id", "gene", "edit", "count_before", "count_after", "percentile_before", "percentile_after"]
+    return pd.DataFrame(rows, columns=[*names, "bin_before", "bin_after", "in_vocabulary"])
 
 
 def readout_table(recipe: Recipe, arms: dict[str, Arm], um_per_px: float) -> pd.DataFrame:
@@ -288,17 +292,7 @@ def technical_warnings(
                 f"The edit takes cell {row.cell_id} outside of what this model has seen "
                 f"(p = {row.support_edited:.3g}): the edited pictures are extrapolation."
             )
-    for row in edits.itertuples():
-        where = f"{row.gene} in cell {row.cell_id}"
-        if not row.in_vocabulary:
-            yield f"The model does not know the gene {row.gene}: its edit changes nothing."
-        elif row.count_before == row.count_after == 0:
-            yield f"{where} has no counts: {row.edit} changes nothing; GENE:set=COUNT adds expression."
-        elif row.count_before != row.count_after and row.bin_before == row.bin_after:
-            yield (
-                f"{where} goes from {row.count_before:g} to {row.count_after:g} counts but stays in the encoder's bin "
-                f"{row.bin_before} of 50: the edit is on a plateau."
-            )
+    yield from _edit_warnings(edits)
     if recipe.propagation is not None and recipe.perturbation and network is not None:
         if not len(spread):
             yield (
@@ -314,3 +308,35 @@ def technical_warnings(
             f"With {n} {unit}{'s' * (n > 1)} no difference can reach p < 0.05: "
             f"this is a draft, choose at least 6 {unit}s."
         )
+
+
+def _edit_warnings(edits: pd.DataFrame) -> Iterator[str]:
+    """Edits that change nothing: one sentence each, or one for all of a kind where there are many."""
+    unknown = edits[~edits["in_vocabulary"].astype(bool)]
+    rest = edits[edits["in_vocabulary"].astype(bool)]
+    silent = rest[(rest["count_before"] == 0) & (rest["count_after"] == 0)]
+    moved = rest[rest["count_before"] != rest["count_after"]]
+    plateau = moved[moved["bin_before"] == moved["bin_after"]]
+    for gene in dict.fromkeys(unknown["gene"]) if unknown["gene"].nunique() <= FEW else ():
+        yield f"The model does not know the gene {gene}: its edit changes nothing."
+    if unknown["gene"].nunique() > FEW:
+        yield f"The model does not know {unknown['gene'].nunique()} of the edited genes: their edits change nothing."
+    if len(silent) > FEW:
+        yield (
+            f"{len(silent)} of {len(edits)} edits change nothing, because their cell has no counts of the gene; "
+            "GENE:set=COUNT adds expression."
+        )
+    else:
+        for row in silent.itertuples():
+            yield (
+                f"{row.gene} in cell {row.cell_id} has no counts: {row.edit} changes nothing; "
+                "GENE:set=COUNT adds expression."
+            )
+    if len(plateau) > FEW:
+        yield f"{len(plateau)} of {len(edits)} edits stay in the encoder's bin: they are on a plateau."
+    else:
+        for row in plateau.itertuples():
+            yield (
+                f"{row.gene} in cell {row.cell_id} goes from {row.count_before:g} to {row.count_after:g} counts but "
+                f"stays in the encoder's bin {row.bin_before} of 50: the edit is on a plateau."
+            )

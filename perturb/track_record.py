@@ -112,21 +112,21 @@ def undersized(found: Mapping[str, Estimate]) -> bool:
 
 def size_in_words(unit: str, slope: Estimate, programmes: int) -> str:
     """How large drawn effects are beside true ones, as far as the interval allows to say."""
-    what = "density" if unit == DENSITY else "shares of cell types"
-    over = f"95 % interval {slope.low:.2f} to {slope.high:.2f} over {programmes} programmes; n = {slope.n} changes"
+    what = "Density" if unit == DENSITY else "Shares of cell types"
     if not np.isfinite(slope.value):
-        return f"For {what} no slope can be computed."
+        return f"{what}: no slope can be computed."
+    said = f"{what}: a drawn change was {slope.value:.2f} of the true one"
     if not np.isfinite(slope.low):
-        return f"For {what} a drawn change was {slope.value:.2f} of the true one (no interval; n = {slope.n} changes)."
-    if slope.high < 1:
-        verdict = "drawn effects are smaller than true ones"
-        if slope.low <= 0:
-            verdict += ", and that they follow the truth at all is not shown"
-    elif slope.low > 1:
-        verdict = "drawn effects are larger than true ones"
+        return f"{said} (no interval, n = {slope.n} changes)."
+    if slope.low > 1:
+        verdict = "larger than true ones"
+    elif slope.high >= 1:
+        verdict = "not told apart from true ones in size"
     else:
-        verdict = "the sizes are not told apart"
-    return f"For {what} {verdict}: a drawn change was {slope.value:.2f} of the true one ({over})."
+        verdict = "smaller than true ones"
+    doubt = "; whether they grow with the true ones is not shown" * (slope.low <= 0)
+    interval = f"95 % interval {slope.low:.2f} to {slope.high:.2f} over {programmes} programmes"
+    return f"{said} ({interval}, n = {slope.n} changes): {verdict}{doubt}."
 
 
 def signs(evaluation: Mapping[str, Any]) -> list[tuple[str, int, int]]:
@@ -246,4 +246,5 @@ def _overall(key: str, figure: Mapping[str, Any], floor: Mapping[str, Any], text
     }[key]
     if low is None or high is None:
         return f"{said} (no interval)."
-    return f"{said}; the interval {'excludes' if low > 0 or high < 0 else 'includes'} no difference."
+    clear = "excludes 0, a clear difference" if low > 0 or high < 0 else "includes 0, no clear difference"
+    return f"{said}; the interval {clear}."

@@ -157,8 +157,12 @@ def _q(row: Mapping[str, Any], n_cells: int, tested: int) -> Check:
         f"{tested} readouts)."
     )
     units, unit = (n_cells, "cells") if n_cells > 1 else (int(row["n"]), "seeds")
-    if not passed and smallest_p(units) >= Q:
-        text += f" With {units} {unit} no p below {smallest_p(units):.2g} is possible: compare over more {unit}."
+    least = smallest_p(units)
+    if not passed and least * tested >= Q:
+        text += (
+            f" The smallest p that {units} {unit} can give is {least:.2g}, for one readout among {tested} q = "
+            f"{min(1.0, least * tested):.2g} at best: compare over more {unit}."
+        )
     return Check("q", passed, text, "" if passed else f"q is not below {Q:g}")
 
 
@@ -184,16 +188,16 @@ def _support(p: np.ndarray) -> Check:
 def _wiring(row: Mapping[str, Any], wiring: Mapping[str, Any]) -> Check:
     if not np.isfinite(wiring["low"]):
         text = "The network could not be compared with random wiring."
-        return Check("wiring", False, text, "random wiring was not compared")
+        return Check("wiring", False, text, "it was not compared with random wiring")
     passed = bool(_excludes_0(wiring) and wiring["q"] < Q and wiring["effect"] * row["effect"] > 0)
     difference = f"{_amount(row, wiring['effect'])}, 95 % interval {_range(row, wiring)}, q = {wiring['q']:.2g}"
     text = (
         f"The network's effect exceeds that of random wiring ({difference})."
         if passed
-        else f"The network's effect does not exceed that of random wiring ({difference}): what it adds may not come "
-        "from who regulates whom."
+        else f"The network's effect is not shown to exceed that of random wiring ({difference}): what it adds "
+        "may not come from who regulates whom."
     )
-    return Check("wiring", passed, text, "" if passed else "random wiring does as much")
+    return Check("wiring", passed, text, "" if passed else "it is not shown to exceed random wiring")
 
 
 def _claim(row: Mapping[str, Any], colour: str, checks: Sequence[Check]) -> str:
@@ -205,12 +209,13 @@ def _claim(row: Mapping[str, Any], colour: str, checks: Sequence[Check]) -> str:
         return f"The drawn difference, {_amount(row, effect)}{interval}, is not told apart from the noise of drawing."
     size = _amount(row, abs(effect)).lstrip("+")
     more = effect > 0
+    number, _, per = size.partition(" ")
     said = {
-        "density": f"{size} {'more' if more else 'fewer'} nuclei",
+        "density": f"{number} {'more' if more else 'fewer'} nuclei {per}",
         "spacing": f"nearest nuclei {size} {'farther apart' if more else 'closer'}",
     }.get(readout, f"a share {size} {'higher' if more else 'lower'}")
-    failed = [check.short for check in checks if not check.passed]
-    return f"The model draws {said}{interval}" + (f", but {' and '.join(failed)}." if failed else ".")
+    failed = ", ".join(check.short for check in checks if not check.passed)
+    return f"The model draws {said}{interval}" + (f", but {' and '.join(failed.rsplit(', ', 1))}." if failed else ".")
 
 
 _FORMS = {"density": (1.0, "+,.0f", " per mm²"), "spacing": (1.0, "+.2f", " µm")}
