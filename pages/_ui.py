@@ -12,10 +12,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import streamlit as st
 
@@ -41,7 +42,7 @@ SHEET = 64
 POLL_S = 0.6
 """Seconds between two looks at a job under way."""
 UPLOAD_DAYS = 7
-"""Uploaded files unused for longer are removed when another file is uploaded."""
+"""Uploaded files, signatures and networks unused for longer are removed; see :func:`prune`."""
 
 log = logging.getLogger("ge2hist")
 
@@ -70,6 +71,7 @@ def home() -> Path:
 @contextmanager
 def guard() -> Iterator[None]:
     """Turn what goes wrong inside into one sentence; the cause of an unexpected error goes to the log under an id."""
+    _through_app()
     try:
         yield
     except BadInput as error:
@@ -82,6 +84,19 @@ def guard() -> Iterator[None]:
             "reload it, and if that does not help, send the id and the server's log to whoever runs this app.",
             icon=":material/error:",
         )
+
+
+def _through_app() -> None:
+    """Make Streamlit run this page through ``app.py``.
+
+    Until a fresh server has run ``app.py`` once, it takes ``pages/`` for its own older kind of multipage app: who opens
+    the address of a page would see that page alone, under a list of all files.
+    """
+    from streamlit.runtime.pages_manager import PagesManager
+
+    if PagesManager.uses_pages_directory:
+        PagesManager.uses_pages_directory = False
+        st.rerun()
 
 
 def safely(callback: Callable[..., None]) -> Callable[..., None]:
@@ -155,7 +170,15 @@ def get_source(path: Path, model: GE2Hist, matrix: str | None = None, gene_colum
     if not path.is_file():
         raise BadInput(f"{path.name} is no longer there: upload it again.")
     with st.spinner(f"Reading {path.name}"):
-        return _source(str(path), path.stat().st_mtime_ns, model.sha256, matrix, gene_column, model)
+        source = _source(str(path), path.stat().st_mtime_ns, model.sha256, matrix, gene_column, model)
+    _read_as()[source] = (matrix, gene_column)
+    return source
+
+
+@st.cache_resource(show_spinner=False)
+def _read_as() -> WeakKeyDictionary[H5adSource, tuple[str | None, str | None]]:
+    """Which matrix and gene column each open file was asked for."""
+    return WeakKeyDictionary()
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
@@ -168,7 +191,22 @@ def _source(
 
 
 def get_cells(recipe: Recipe, source: H5adSource) -> Cells:
-    """The recipe's cells and others of their types."""
+    """The recipe's cells and others of their types.
+
+    Raises
+    ------
+    BadInput: a source that is another file than the recipe's, or was read otherwise.
+    """
+    if source.sha256 != recipe.data_sha256:
+        raise BadInput(
+            f"The recipe was made with data {recipe.data_sha256[:12]}, but {source.path.name} is "
+            f"{source.sha256[:12]}: open the recipe's file."
+        )
+    if _read_as().get(source) != (recipe.matrix, recipe.gene_column):
+        raise BadInput(
+            f"{source.path.name} is not open with the recipe's matrix ({recipe.matrix or 'automatic'}) and gene column "
+            f"({recipe.gene_column or 'automatic'}): open it with those."
+        )
     return _cells(recipe.data_sha256, recipe.matrix, recipe.gene_column, recipe.cell_ids, source)
 
 
@@ -370,12 +408,8 @@ def report_html(recipe_hash: str, _result: Result) -> str:
 
 
 def save_upload(uploaded: Any) -> Path:
-    """Put an uploaded file on disk under its SHA-256, where it is read block by block; old ones go."""
+    """Put an uploaded file on disk under its SHA-256, where it is read block by block."""
     folder = home() / "uploads"
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
-        if old.stat().st_mtime < time.time() - UPLOAD_DAYS * 86400:
-            shutil.rmtree(old, ignore_errors=True)
     digest = hashlib.sha256()
     for block in _blocks(uploaded):
         digest.update(block)
@@ -388,6 +422,37 @@ def save_upload(uploaded: Any) -> Path:
             out.writelines(_blocks(uploaded))
     os.utime(path.parent)
     return path
+
+
+def in_use(recipe: Recipe, path: Path) -> None:
+    """Note that a recipe's file and network are used, and the tab's signatures: :func:`prune` leaves them."""
+    used = [path.parent] if path.parent.parent == home() / "uploads" else []
+    if recipe.propagation is not None:
+        used.append(networks_folder() / f"{recipe.propagation.network_sha256}.json")
+    if (signatures := st.session_state.get("signature file")) is not None:
+        used.append(signatures.parent)
+    for one in used:
+        with suppress(FileNotFoundError):
+            os.utime(one)
+
+
+def prune() -> None:
+    """Remove uploaded files, signatures and networks that were not used for ``UPLOAD_DAYS`` days."""
+    oldest = time.time() - UPLOAD_DAYS * 86400
+    for kind in ("uploads", "signatures", "networks"):
+        for path in (home() / kind).glob("*"):
+            with suppress(FileNotFoundError):  # another session may have removed it
+                if path.stat().st_mtime >= oldest:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+
+
+@st.cache_resource(ttl=3600, max_entries=4, show_spinner=False)
+def _prune_hourly(folder: str) -> None:
+    prune()
 
 
 def drop_upload(path: Path) -> None:
@@ -444,6 +509,8 @@ def open_experiment(model: GE2Hist) -> tuple[Experiment, H5adSource] | None:
     # The bundle was trained again, or the file replaced, meanwhile.
     known.recipe = replace(known.recipe, model_sha256=model.sha256, data_sha256=source.sha256)
     st.session_state["experiment"] = known
+    in_use(known.recipe, known.path)
+    _prune_hourly(str(home()))
     return known, source
 
 

@@ -78,8 +78,8 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, tuple) or not value or not all(type(part) is kind for part in value):
                 raise BadInput(f"{name} is {value!r}: give at least one {'name' if kind is str else 'whole number'}.")
-            if any(isinstance(part, str) and not part.isprintable() for part in value):
-                raise BadInput(f"{name} holds {ascii(value)[:80]}: a name must consist of printable characters.")
+            if any(isinstance(part, str) and re.search(r"[\ud800-\udfff]", part) for part in value):
+                raise BadInput(f"{name} holds {ascii(value)[:80]}: half of a surrogate pair is no text, leave it out.")
             if len(set(value)) != len(value):
                 raise BadInput(f"{name} names {_first_repeated(value)!r} twice: leave one out.")
         for seed in (*self.seeds, self.encoder_seed):
@@ -298,9 +298,10 @@ def _print_propagation(propagation: Propagation | None) -> str:
 
 
 def _parse_propagation(text: str, find_network: Callable[[str], Network] | None) -> Propagation:
-    digits, *numbers, name = text.split(",")
-    if not re.fullmatch(r"[0-9a-f]{12}", digits) or len(numbers) != 3:
+    found = re.fullmatch(r"([0-9a-f]{12})" + ",([^,]+)" * 4, text)
+    if found is None:
         raise BadInput(f"network is {text!r}: write 12 digits of its SHA-256, steps, two quantiles and its name.")
+    digits, *numbers, name = found.groups()
     steps, low, high = (_number("network", n, kind) for n, kind in zip(numbers, (int, float, float), strict=True))
     if find_network is None:
         raise BadInput(f"This link spreads edits through the network {digits}: open that network first.")

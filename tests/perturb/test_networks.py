@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,10 @@ import pytest
 
 from ge2hist_core.simulator.expression import load_genes
 from ge2hist_core.types import BadInput
-from perturb.grn import Network, read_network
-from perturb.networks import keep_network, kept_network, kept_networks, known_truth
+from perturb.edits import Perturbation
+from perturb.grn import Network, Propagation, pack_network, read_network
+from perturb.networks import keep_network, kept_network, kept_networks, known_truth, network_for
+from perturb.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,3 +69,34 @@ def test_the_command_writes_shows_and_fits(tmp_path: Path) -> None:
     bad = run("fit", "--regulators", "NOSUCHGENE", "--out", str(tmp_path / "x.csv"))
     assert bad.returncode == 2 and "None of the 1 candidate regulators" in bad.stderr
     assert "Traceback" not in bad.stderr and not (tmp_path / "x.csv").exists()
+
+
+def test_a_fitted_networks_table_reads_back_with_its_scale(tmp_path: Path) -> None:
+    network = Network(np.array(["A", "B"]), np.array(["B", "C"]), np.array([0.25, -0.5]), scale=812.0)
+    (tmp_path / "net.csv").write_text(network.table().to_csv(index=False))
+    assert read_network(tmp_path / "net.csv").sha256 == network.sha256
+    (tmp_path / "net.json").write_text(json.dumps(pack_network(network)))
+    assert read_network(tmp_path / "net.json").sha256 == network.sha256
+    (tmp_path / "two.csv").write_text("source,target,weight,scale\nA,B,1,10\nB,C,1,20\n")
+    with pytest.raises(BadInput, match="Column 'scale' of two.csv must hold one positive number"):
+        read_network(tmp_path / "two.csv")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(BadInput, match="bad.json is neither a table nor JSON"):
+        read_network(tmp_path / "bad.json")
+
+
+def test_a_kept_network_keeps_its_first_name(tmp_path: Path) -> None:
+    network = Network(np.array(["A"]), np.array(["B"]), np.array([1.0]), "hers")
+    keep_network(network, tmp_path)
+    keep_network(replace(network, name="his"), tmp_path)
+    assert kept_network(network.sha256[:12], tmp_path).name == "hers"
+
+
+def test_the_command_line_takes_the_network_that_lies_beside_the_recipe(tmp_path: Path) -> None:
+    network = Network(np.array(["A"]), np.array(["B"]), np.array([1.0]), "beside")
+    plain = Recipe("d" * 64, "e" * 64, ("c",), Perturbation.parse("A:ko"))
+    recipe = replace(plain, propagation=Propagation(network.sha256, "beside"))
+    assert network_for(plain, None, tmp_path / "recipe.json") is None
+    assert network_for(recipe, None, tmp_path / "recipe.json") is None
+    (tmp_path / "network.json").write_text(json.dumps(pack_network(network)))
+    assert network_for(recipe, None, tmp_path / "recipe.json").sha256 == network.sha256

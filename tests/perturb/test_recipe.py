@@ -178,3 +178,24 @@ def test_bad_links_are_refused(query: dict[str, str], message: str) -> None:
 def test_missing_file_is_named(tmp_path) -> None:
     with pytest.raises(BadInput, match="Cannot read the recipe"):
         Recipe.read(tmp_path / "none.json")
+
+
+def test_a_control_and_half_a_character_are_refused() -> None:
+    how = Propagation(NETWORK.sha256, NETWORK.name)
+    edited = replace(PLAIN, perturbation=Perturbation.parse("CD8A:ko"), propagation=how)
+    assert list(edited.arms) == ["base", "edited", "direct", "control"] and edited.arms["direct"].propagation is None
+    with pytest.raises(BadInput, match="propagation is a control, which is drawn beside another"):
+        Recipe.from_json(edited.arms["control"].to_json())
+    with pytest.raises(BadInput, match="half of a surrogate pair is no text"):
+        replace(PLAIN, cell_ids=("cell\ud800",))
+
+
+def test_a_link_with_a_network_needs_that_network_and_keeps_its_name() -> None:
+    recipe = replace(PLAIN, propagation=Propagation(NETWORK.sha256, "mine, not theirs", 2))
+    other = replace(NETWORK, name="theirs")
+    assert Recipe.from_query(recipe.to_query(), DATA, MODEL, lambda digits: other) == recipe
+    with pytest.raises(BadInput, match="open that network first"):
+        Recipe.from_query(recipe.to_query(), DATA, MODEL)
+    for bad in ("xyz", f"{NETWORK.sha256[:12]},3,0,0.99", f"{NETWORK.sha256[:12]},three,0,0.99,n"):
+        with pytest.raises(BadInput, match="network is"):
+            Recipe.from_query(recipe.to_query() | {"network": bad}, DATA, MODEL, lambda digits: NETWORK)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 
 from ge2hist_core.config import SampleConfig
 from ge2hist_core.model import CHUNK, GE2Hist
@@ -340,3 +341,20 @@ def test_a_network_without_edges_from_the_edit_says_so(tiny_bundle: GE2Hist, dem
     found = run(recipe, tiny_bundle, demo_cells, network=NET)
     assert any("moves no gene of these cells" in warning for warning in found.warnings)
     np.testing.assert_array_equal(found.edited_arm.images, found.arms["direct"].images)
+
+
+def test_a_gene_stays_in_the_range_that_its_own_type_shows(tiny_bundle: GE2Hist, demo_cells: Cells) -> None:
+    """Of two types, one never expresses the target: there it cannot rise, whatever the other one shows."""
+    counts = np.ones((60, 3), np.float32)
+    counts[30:, 1] = 0
+    counts[:30, 1] = np.arange(30)
+    kind = np.repeat(["a", "b"], 30)
+    cells = Cells(sp.csr_matrix(counts), np.array(["G", "T", "X"]), np.array([f"c{i}" for i in range(60)]), kind)
+    net = Network(np.array(["G"]), np.array(["T"]), np.array([2.0]), "rise")
+    recipe = Recipe("d" * 64, tiny_bundle.sha256, ("c3", "c40"), Perturbation.parse("G:x4"))
+    recipe = replace(recipe, propagation=Propagation(net.sha256, "rise", 1))
+    edited = edited_cells(recipe, cells.take([3, 40]), cells, net)[0].counts.toarray()
+    assert edited[0, 1] > counts[3, 1] and edited[1, 1] == 0
+    swapped = replace(recipe, cell_ids=("c40", "c3"))
+    other = edited_cells(swapped, cells.take([40, 3]), cells, net)[0].counts.toarray()
+    np.testing.assert_array_equal(other[::-1], edited)

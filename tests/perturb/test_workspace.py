@@ -1,19 +1,44 @@
-"""A workspace against a plain list that is treated alike; its file against itself and against bad ones."""
+"""A workspace against a plain list that is treated alike, its file against itself and against bad ones, differences
+between scenarios against plain loops over pairs."""
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
+import os
+import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import false_discovery_control, permutation_test
 
-from ge2hist_core.types import BadInput
+from ge2hist_core.config import SampleConfig
+from ge2hist_core.data import open_h5ad, write_cells
+from ge2hist_core.model import GE2Hist
+from ge2hist_core.types import BadInput, Cells
+from perturb import compare
 from perturb.edits import Perturbation
 from perturb.recipe import Recipe
-from perturb.workspace import MAX_SCENARIOS, Scenario, Workspace, load_workspace, save_workspace
+from perturb.replay import read_report
+from perturb.result import Result
+from perturb.run import cells_for, run
+from perturb.workspace import (
+    MAX_AGE_DAYS,
+    MAX_SCENARIOS,
+    Scenario,
+    Workspace,
+    contrast_table,
+    effects_table,
+    load_workspace,
+    save_workspace,
+)
 
 PLAIN = Recipe("d" * 64, "e" * 64, ("cell-1",))
 THREE = Workspace(tuple(Scenario(name, PLAIN) for name in "abc"))
@@ -85,3 +110,172 @@ def test_names_and_numbers_have_limits() -> None:
     with pytest.raises(BadInput, match=f"at most {MAX_SCENARIOS}"):
         Workspace(tuple(Scenario(str(i), PLAIN) for i in range(9)))
     assert json.loads(json.dumps(THREE.to_dict()))["scenarios"][0]["name"] == "a"
+
+
+def test_a_file_goes_ninety_days_after_it_was_saved_or_opened(tmp_path: Path) -> None:
+    opened, forgotten = ID, ID[::-1]
+    for name in (opened, forgotten):
+        save_workspace(THREE, tmp_path, name)
+        old = time.time() - (MAX_AGE_DAYS + 1) * 86400
+        os.utime(tmp_path / f"{name}.json", (old, old))
+        if name == opened:
+            load_workspace(tmp_path, name)
+    save_workspace(THREE, tmp_path, "f" * 32)
+    assert load_workspace(tmp_path, opened) == THREE
+    assert load_workspace(tmp_path, forgotten) is None
+
+
+# Differences between scenarios
+
+
+@pytest.fixture(scope="module")
+def cells_file(demo_cells: Cells, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
+    write_cells(demo_cells, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def workspace(tiny_bundle: GE2Hist, cells_file: Path) -> Workspace:
+    """Two edits of the same two cells, one of other cells."""
+    with open_h5ad(cells_file, tiny_bundle.scgpt.vocab) as source:
+        sha256 = source.sha256
+    recipe = Recipe(sha256, tiny_bundle.sha256, ("cell-3", "cell-9"), sample=SampleConfig(steps=1), seeds=(0, 1, 2))
+    return (
+        Workspace()
+        .added("ko", replace(recipe, perturbation=Perturbation.parse("GAPDH:ko")))
+        .added("more/../up", replace(recipe, perturbation=Perturbation.parse("GAPDH:x4"), seeds=(7,)))
+        .added("other cells", replace(recipe, cell_ids=("cell-20",)))
+    )
+
+
+@pytest.fixture(scope="module")
+def results(workspace: Workspace, tiny_bundle: GE2Hist, demo_cells: Cells) -> list[Result]:
+    return [run(recipe, tiny_bundle, demo_cells) for recipe in workspace.on_shared_noise]
+
+
+def edited(result: Result, readout: str) -> dict[tuple[str, int], float]:
+    rows = result.readouts[(result.readouts["arm"] == "edited") & (result.readouts["readout"] == readout)]
+    return {(row.cell_id, row.seed): row.value for row in rows.itertuples()}
+
+
+def test_scenarios_of_the_same_cells_are_paired_picture_by_picture(workspace: Workspace, results: list[Result]) -> None:
+    table = contrast_table(names(workspace), results, "ko").set_index(["scenario", "readout"]).loc["more/../up"]
+    assert set(table["over"]) == {"cells and seeds"} and set(table["reference"]) == {"ko"}
+    assert "density" in table.index
+    for readout, row in table.iterrows():
+        before, after = edited(results[0], readout), edited(results[1], readout)
+        pairs = {key: after[key] - before[key] for key in before if np.isfinite(after[key] - before[key])}
+        assert row["n"] == len(pairs)
+        if not pairs:
+            assert np.isnan(row["effect"])
+            continue
+        assert row["effect"] == pytest.approx(np.mean(list(pairs.values())))
+        assert row["mean"] - row["reference_mean"] == pytest.approx(row["effect"])
+        assert row["low"] <= row["effect"] + 1e-9 and row["effect"] <= row["high"] + 1e-9
+        by_cell = [np.mean([d for (c, _), d in pairs.items() if c == cell]) for cell in {c for c, _ in pairs}]
+        exact = permutation_test(
+            (by_cell,), lambda x: abs(np.mean(x)), permutation_type="samples", alternative="greater"
+        )
+        assert row["p"] == pytest.approx(exact.pvalue)
+    tested = table["p"].dropna()
+    assert table["q"].dropna().to_numpy() == pytest.approx(false_discovery_control(tested))
+
+
+def test_scenarios_of_other_cells_are_paired_by_their_mean_of_each_seed(
+    workspace: Workspace, results: list[Result]
+) -> None:
+    table = contrast_table(names(workspace), results, "ko").set_index(["scenario", "readout"])
+    row = table.loc[("other cells", "density")]
+    before, after = edited(results[0], "density"), edited(results[2], "density")
+    by_seed = [after["cell-20", s] - np.mean([before[c, s] for c in ("cell-3", "cell-9")]) for s in (0, 1, 2)]
+    assert row["effect"] == pytest.approx(np.mean(by_seed)) and row["n"] == 3 and row["over"] == "seeds"
+
+
+def test_the_other_way_round_a_difference_changes_its_sign(workspace: Workspace, results: list[Result]) -> None:
+    there = contrast_table(names(workspace), results, "ko").set_index(["scenario", "readout"]).loc["more/../up"]
+    back = contrast_table(names(workspace), results, "more/../up").set_index(["scenario", "readout"]).loc["ko"]
+    for one, other, sign in (("effect", "effect", -1), ("low", "high", -1), ("p", "p", 1), ("q", "q", 1)):
+        np.testing.assert_allclose(there[one], sign * back.loc[there.index, other], atol=1e-9)
+
+
+def test_a_scenario_against_its_copy_is_zero(results: list[Result]) -> None:
+    table = contrast_table(["a", "b"], [results[0], results[0]], "a")
+    assert len(table) and (table["effect"].dropna() == 0).all() and (table["p"].dropna() == 1).all()
+
+
+def test_what_does_not_share_noise_or_is_no_scenario_is_refused(results: list[Result]) -> None:
+    with pytest.raises(BadInput, match="The reference is 'c': choose one of 'a', 'b'"):
+        contrast_table(["a", "b"], results[:2], "c")
+    alone = replace(results[1], recipe=replace(results[1].recipe, seeds=(4, 5, 6)))
+    with pytest.raises(BadInput, match="other seeds"):
+        contrast_table(["a", "b"], [results[0], alone], "a")
+
+
+# The comparison to take home
+
+
+def test_the_command_line_writes_what_the_page_gives(
+    workspace: Workspace,
+    results: list[Result],
+    tiny_folder: Path,
+    cells_file: Path,
+    tiny_bundle: GE2Hist,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = []
+    for i, scenario in enumerate(workspace.scenarios[:2]):
+        paths.append(tmp_path / f"recipe{i}.json")
+        paths[-1].write_text(scenario.recipe.to_json())
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    said = ["--out", str(tmp_path / "out"), "--bundle", str(tiny_folder), "--cells", str(cells_file)]
+    compare.main(parser.parse_args([*map(str, paths), *said, "--reference", "2"]))
+    two = Workspace(tuple(Scenario(f"recipe{i}", one.recipe) for i, one in enumerate(workspace.scenarios[:2])))
+    with open_h5ad(cells_file, tiny_bundle.scgpt.vocab) as source:
+        cells = [cells_for(source, recipe.cell_ids) for recipe in two.on_shared_noise]
+    archive = zipfile.ZipFile(io.BytesIO(compare.zip_bytes(two, results[:2], cells, "recipe1")))
+    assert {name: archive.read(name) for name in archive.namelist()}.keys() == {
+        str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
+    for name in ("effects.csv", "contrasts.csv", "README.txt", "workspace.json", "1_recipe0/comparison.csv"):
+        assert archive.read(name) == (tmp_path / "out" / name).read_bytes()
+    table = pd.read_csv(tmp_path / "out" / "contrasts.csv")
+    assert set(table["scenario"]) == {"recipe0"} and set(table["reference"]) == {"recipe1"}
+    effects = pd.read_csv(tmp_path / "out" / "effects.csv")
+    assert effects["effect"].to_numpy() == pytest.approx(
+        effects_table(["a", "b"], results[:2])["effect"].to_numpy(), nan_ok=True
+    )
+    saved = read_report(tmp_path / "out" / "2_recipe1")
+    assert saved.recipe == two.on_shared_noise[1]
+    assert "2_recipe1/" in archive.read("README.txt").decode()
+    assert str(tmp_path / "out" / "README.txt") in capsys.readouterr().out
+
+
+def test_a_name_cannot_leave_the_folder(workspace: Workspace, results: list[Result], demo_cells: Cells) -> None:
+    one = Workspace((replace(workspace.scenarios[1], name="../../up\nREADME"),))
+    with pytest.raises(BadInput, match="not those of the scenarios"):
+        compare.comparison_files(one, results[1:2], [demo_cells], one.scenarios[0].name)
+    files = compare.comparison_files(
+        Workspace((replace(one.scenarios[0], recipe=results[1].recipe),)),
+        results[1:2],
+        [demo_cells.take([3, 9])],
+        one.scenarios[0].name,
+    )
+    assert {name.split("/")[0] for name in files if "/" in name} == {"1_up-README"}
+    assert "contrasts.csv" not in files
+
+
+@pytest.mark.parametrize(
+    ("recipes", "more", "message"),
+    [
+        (["a.json"], [], "1 recipe cannot be compared"),
+        (["a.json", "b.json"], ["--reference", "3"], "--reference is 3: give a number from 1 to 2"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_sentence(recipes: list[str], more: list[str], message: str) -> None:
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    with pytest.raises(BadInput, match=message):
+        compare.main(parser.parse_args([*recipes, "--out", "x", *more]))

@@ -110,6 +110,10 @@ def test_journey(address: str, browser, tmp_path: Path) -> None:
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
 
+    # The link of a page is the first that a fresh server sees: it opens in the app, not by itself.
+    page.goto(f"{address}/about")
+    expect(page.get_by_role("link", name="Explore")).to_be_visible()
+
     # Start: the first picture, marked and described.
     page.goto(address)
     expect(page.get_by_alt_text(BEFORE)).to_be_visible()

@@ -16,8 +16,8 @@ from streamlit.testing.v1 import AppTest
 from ge2hist_core.data import write_cells
 from ge2hist_core.types import Cells
 from pages import _ui
-from pages._experiment import Experiment
-from perturb.edits import Perturbation
+from pages._experiment import Experiment, with_edit
+from perturb.edits import Edit, Perturbation
 from perturb.recipe import Recipe
 
 APP = Path(__file__).parents[2] / "app.py"
@@ -404,6 +404,28 @@ def test_an_uploaded_signature_can_be_chosen_and_a_bad_one_is_one_sentence(setti
     at.selectbox(key="signature").set_value("mine").run()
     at.button(key="add signature").click().run()
     assert address(at)["edit"] == "mine@1(GAPDH:x2.82843;ACTB:x0.25)"
+
+
+def test_changing_one_edit_leaves_repeated_edits_of_others_alone() -> None:
+    before = Perturbation.parse("CD8A:x2,CD8A:x3,VEGFA:ko")
+    assert str(with_edit(before, "MYC", Edit("MYC", "ko"))) == "CD8A:x2,CD8A:x3,VEGFA:ko,MYC:ko"
+    assert str(with_edit(before, "CD8A", Edit("CD8A", "ko"))) == "CD8A:ko,VEGFA:ko"
+    assert str(with_edit(before, "CD8A", None)) == "VEGFA:ko"
+
+
+def test_edits_spread_through_a_network_that_a_link_finds_again(settings: pytest.MonkeyPatch) -> None:
+    from perturb.networks import known_truth
+
+    at = add_gene(start())
+    at.toggle(key=f"ko {GENE}").set_value(True).run()
+    at.selectbox(key="network").set_value(known_truth().sha256).run()
+    assert not at.exception and not at.error
+    assert "edges start at an edited gene" in texts(at)
+    assert "moves no gene of these cells" in texts(at)
+    again = start(address(at))
+    assert again.selectbox(key="network").value == known_truth().sha256
+    lost = start(address(at) | {"network": "0" * 12 + ",3,0,0.99,gone"})
+    assert "is not here" in texts(lost) and not lost.exception
 
 
 def test_undo_and_redo_walk_the_history() -> None:
