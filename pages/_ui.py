@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import json
 import logging
 import os
 import re
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 SHEET = 64
 """Pictures on a contact sheet, at most."""
+ADDRESS = 3000
+"""Characters of an address that stand for the experiment, at most; escaped they are up to three times as many."""
 POLL_S = 0.6
 """Seconds between two looks at a job under way."""
 UPLOAD_DAYS = 7
@@ -493,9 +496,9 @@ def open_experiment(model: GE2Hist) -> tuple[Experiment, H5adSource] | None:
     query = dict(st.query_params)
     known = st.session_state.get("experiment")
     # Changing the page clears the address; going back, or editing it by hand, leaves another one than was written.
-    if query.get("cell") and query != st.session_state.get("query"):
+    if (query.get("cell") or query.get("kept")) and query != st.session_state.get("query"):
         try:
-            known = _from_query(query, model)
+            known = _from_query(_whole(query), model)
         except BadInput as error:
             st.session_state["message"] = str(error)
     if known is not None and not known.path.is_file():
@@ -516,10 +519,42 @@ def open_experiment(model: GE2Hist) -> tuple[Experiment, H5adSource] | None:
 
 def write_address(experiment: Experiment, more: dict[str, str] | None = None) -> None:
     """Put the experiment, and what else the page needs, into the page's address."""
-    query = experiment.query() | (more or {})
+    query = _short(experiment.query() | (more or {}))
     st.session_state["query"] = query
     if dict(st.query_params) != query:
         st.query_params.from_dict(query)
+
+
+def _short(query: dict[str, str]) -> dict[str, str]:
+    """The same, its long parts kept on disk where it is too long for an address."""
+    if sum(len(name) + len(value) for name, value in query.items()) <= ADDRESS:
+        return query
+    from ge2hist_core.files import write_json
+
+    long = {name: value for name, value in query.items() if len(value) > ADDRESS // 10}
+    digits = hashlib.sha256(repr(sorted(long.items())).encode()).hexdigest()[:32]
+    path = home() / "links" / f"{digits}.json"
+    if not path.is_file():
+        write_json(path, long)
+    return {name: value for name, value in query.items() if name not in long} | {"kept": digits}
+
+
+def _whole(query: dict[str, str]) -> dict[str, str]:
+    """Inverse of :func:`_short`.
+
+    Raises
+    ------
+    BadInput: what was kept is not here.
+    """
+    digits = query.get("kept")
+    if digits is None:
+        return query
+    path = home() / "links" / f"{digits}.json"
+    if not re.fullmatch(r"[0-9a-f]{32}", digits) or not path.is_file():
+        raise BadInput(
+            "The edits of this link are kept on the server that made it: open the report's recipe.json here."
+        )
+    return query | json.loads(path.read_text(encoding="utf-8"))
 
 
 def _from_query(query: dict[str, str], model: GE2Hist) -> Experiment:

@@ -413,6 +413,18 @@ def test_changing_one_edit_leaves_repeated_edits_of_others_alone() -> None:
     assert str(with_edit(before, "CD8A", None)) == "VEGFA:ko"
 
 
+def test_an_address_too_long_for_a_browser_is_kept_on_disk(settings: pytest.MonkeyPatch) -> None:
+    settings.setattr(_ui, "ADDRESS", 40)
+    at = add_gene(start())
+    at.toggle(key=f"ko {GENE}").set_value(True).run()
+    short = address(at)
+    assert "edit" not in short and len(short["kept"]) == 32
+    again = start(short)
+    assert again.toggle(key=f"ko {GENE}").value and not again.exception
+    lost = start(short | {"kept": "0" * 32})
+    assert "are kept on the server that made it" in texts(lost) and not lost.exception
+
+
 def test_edits_spread_through_a_network_that_a_link_finds_again(settings: pytest.MonkeyPatch) -> None:
     from perturb.networks import known_truth
 
