@@ -151,7 +151,7 @@ def _show(goal: Goal, result: GoalResult, experiment: Experiment) -> None:
         st.info("No set of these edits brings the niche nearer to the target.")
         return
     st.plotly_chart(
-        charts.tradeoff(result.tradeoff, _ui.theme()), theme=None, key="tradeoff", config={"displaylogo": False}
+        charts.tradeoff(result.tradeoff, _ui.theme()), theme=None, key="tradeoff", config=charts.CHART_CONFIG
     )
     _open_one(found, experiment)
     st.markdown("##### Best sets, judged without drawing")

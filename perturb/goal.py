@@ -1035,8 +1035,9 @@ def main(args: argparse.Namespace) -> None:
     from ge2hist_core.files import atomic_path
     from perturb import charts
     from perturb.cache import DiskCache
-    from perturb.report import NOTICE, csv_bytes
+    from perturb.page import chart_page, csv_bytes
     from perturb.run import open_recipe, print_progress
+    from perturb.wording import NOTICE
 
     if args.like is not None and (args.value is not None or args.change is not None):
         raise BadInput("--like takes no --value or --change: leave it out, or give --readout instead.")
@@ -1063,7 +1064,7 @@ def main(args: argparse.Namespace) -> None:
         "goal.json": (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(),
         "tradeoff.csv": csv_bytes(result.tradeoff),
         "confirmed.csv": csv_bytes(result.confirmed),
-        "tradeoff.html": charts.tradeoff(result.tradeoff).to_html().encode(),
+        "tradeoff.html": chart_page(charts.tradeoff(result.tradeoff), "Edits towards a target", said),
     }
     for sentence in said:
         print(sentence)

@@ -13,7 +13,7 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,18 @@ from ge2hist_core.files import atomic_path
 from perturb import charts
 from perturb.wording import NOTICE
 
-__all__ = ["Table", "csv_bytes", "for_people", "json_bytes", "json_lines", "readme", "render", "write_files", "zip_of"]
+__all__ = [
+    "Table",
+    "chart_page",
+    "csv_bytes",
+    "for_people",
+    "json_bytes",
+    "json_lines",
+    "readme",
+    "render",
+    "write_files",
+    "zip_of",
+]
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
 MAX_ROWS = 200
@@ -138,6 +149,11 @@ def render(template: str, figures: Mapping[str, Any], machine: Mapping[str, Any]
         hashes=Markup(" ".join(f"'sha256-{_sha256(script)}'" for script in (plotly, DRAW_CHARTS))),
         **values,
     )
+
+
+def chart_page(figure: Any, title: str, sentences: Sequence[str] = ()) -> bytes:
+    """One chart as an offline page of the same kind, with what is to be said about it."""
+    return render("chart.html.j2", {"chart": figure}, {}, title=title, sentences=sentences).encode()
 
 
 def _inert(text: str) -> Markup:

@@ -530,7 +530,8 @@ def test_the_command_writes_the_tables_and_the_chart(files: list[str], tmp_path:
     assert all(sentence in said for sentence in written["sentences"]) and len(written["hash"]) == 64
     table = pd.read_csv(tmp_path / "out" / "tradeoff.csv")
     assert table["size"].max() <= 2 and table["size"].iloc[0] == 0
-    assert "confirmed.csv" in said and "plotly" in (tmp_path / "out" / "tradeoff.html").read_text()
+    page = (tmp_path / "out" / "tradeoff.html").read_text()
+    assert "confirmed.csv" in said and "plotly" in page and "Generated, not diagnostic" in page
 
 
 def test_a_cells_niche_is_a_target_with_its_real_counts(files: list[str], tiny_bundle, tmp_path: Path) -> None:
