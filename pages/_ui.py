@@ -46,6 +46,8 @@ POLL_S = 0.6
 """Seconds between two looks at a job under way."""
 UPLOAD_DAYS = 7
 """Uploaded files, signatures and networks unused for longer are removed; see :func:`prune`."""
+LINK_DAYS = 90
+"""Edits too long for an address are removed when their link was not used for longer."""
 
 log = logging.getLogger("ge2hist")
 
@@ -440,9 +442,10 @@ def in_use(recipe: Recipe, path: Path) -> None:
 
 
 def prune() -> None:
-    """Remove uploaded files, signatures and networks that were not used for ``UPLOAD_DAYS`` days."""
-    oldest = time.time() - UPLOAD_DAYS * 86400
-    for kind in ("uploads", "signatures", "networks"):
+    """Remove uploads, signatures and networks unused for ``UPLOAD_DAYS`` days, edits of links after ``LINK_DAYS``."""
+    days = dict.fromkeys(("uploads", "signatures", "networks"), UPLOAD_DAYS) | {"links": LINK_DAYS}
+    for kind in days:
+        oldest = time.time() - days[kind] * 86400
         for path in (home() / kind).glob("*"):
             with suppress(FileNotFoundError):  # another session may have removed it
                 if path.stat().st_mtime >= oldest:
@@ -534,7 +537,9 @@ def _short(query: dict[str, str]) -> dict[str, str]:
     long = {name: value for name, value in query.items() if len(value) > ADDRESS // 10}
     digits = hashlib.sha256(repr(sorted(long.items())).encode()).hexdigest()[:32]
     path = home() / "links" / f"{digits}.json"
-    if not path.is_file():
+    if path.is_file():
+        path.touch()
+    else:
         write_json(path, long)
     return {name: value for name, value in query.items() if name not in long} | {"kept": digits}
 

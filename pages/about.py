@@ -8,7 +8,9 @@ import re
 import streamlit as st
 
 from pages import _ui
+from perturb.workspace import MAX_AGE_DAYS
 
+RESULT_DAYS = round(_ui.get_cache().max_age_s / 86400)
 LIBRARIES = ("torch", "diffusers", "streamlit", "anndata", "numpy", "scipy", "plotly")
 
 LIMITS = """
@@ -25,9 +27,13 @@ LIMITS = """
 """
 
 PRIVACY = f"""
-An uploaded file stays on the computer that runs this app, under its SHA-256. Files last uploaded more than
-{_ui.UPLOAD_DAYS} days ago go when another file is uploaded. Whoever has the address of one of its results can open it
-on this server. Nothing is sent elsewhere.
+What you upload stays on the computer that runs this app, under its SHA-256: cells, signatures and networks. Whatever
+nobody used for {_ui.UPLOAD_DAYS} days is removed; the app looks for it at most once an hour, when a page is opened.
+Results (pictures and numbers) are removed {RESULT_DAYS} days after their last use, and earlier where they fill their
+space. Edits too long for an address are kept on this computer until {_ui.LINK_DAYS} days after their link was last
+used. Lists of scenarios are removed {MAX_AGE_DAYS} days after they were last saved or opened, when another list is
+saved. Whoever has the address of a result or a list can open it on this server; a list that somebody else opens and
+changes is saved as a new one, and yours stays as it is. Nothing is sent elsewhere.
 """
 
 SETTINGS = """
@@ -35,7 +41,7 @@ SETTINGS = """
 |---|---|---|
 | `GE2HIST_BUNDLE` | folder of the model | `assets/demo_bundle` |
 | `GE2HIST_CELLS` | h5ad that is open at the start | `assets/demo_cells.h5ad` |
-| `GE2HIST_HOME` | results and uploaded files | `~/.cache/ge2hist` |
+| `GE2HIST_HOME` | results, scenarios and uploaded files | `~/.cache/ge2hist` |
 """
 
 LICENCES = """

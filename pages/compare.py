@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import json
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from ge2hist_core.types import BadInput
 from pages import _ui
-from perturb.workspace import MAX_SCENARIOS, Workspace, effects_table, load_workspace, save_workspace
+from perturb.workspace import (
+    MAX_AGE_DAYS,
+    MAX_SCENARIOS,
+    Workspace,
+    contrast_table,
+    effects_table,
+    load_workspace,
+    save_workspace,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ge2hist_core.data import H5adSource
     from ge2hist_core.model import GE2Hist
+    from ge2hist_core.types import Cells
     from pages._experiment import Experiment
     from perturb.recipe import Recipe
+    from perturb.result import Result
     from perturb.run import Progress
 
 
@@ -46,30 +58,56 @@ def page() -> None:
         _list(workspace, experiment)
         with _ui.guard():
             _compare(workspace, model, source)
-    _ui.write_address(experiment, {"workspace": st.session_state["workspace id"]})
+    kept = st.session_state["workspace id"]
+    _ui.write_address(experiment, {} if kept is None else {"workspace": kept})
 
 
 def current_workspace() -> Workspace:
-    """This tab's workspace: from the session, or from the disk where the session knows its id."""
+    """This tab's workspace: from the session, or from the disk where the address names one.
+
+    What was opened by its address belongs to whoever made it: the first change here is saved under another id.
+    """
     state = st.session_state
     if "workspace" not in state:
-        state["workspace id"] = st.query_params.get("workspace") or uuid.uuid4().hex
-        state["workspace past"] = []
-        state["workspace"] = load_workspace(_ui.home() / "workspaces", state["workspace id"]) or Workspace()
+        state["workspace"], state["workspace past"] = Workspace(), []
+        state["workspace id"], state["workspace is mine"] = None, False
+        wanted = st.query_params.get("workspace")
+        if wanted:
+            try:
+                found = load_workspace(_folder(), wanted)
+                if found is None:
+                    raise BadInput(
+                        f"The scenarios of this link are not here: they are removed {MAX_AGE_DAYS} days after their "
+                        "last use."
+                    )
+                state["workspace"], state["workspace id"] = found, wanted
+            except BadInput as error:
+                st.warning(_ui.plain(f"{error} This is a new, empty list."), icon=":material/warning:")
     return state["workspace"]
+
+
+def _folder() -> Path:
+    return _ui.home() / "workspaces"
 
 
 def _become(workspace: Workspace) -> None:
     state = st.session_state
+    _save(workspace)
     state["workspace past"].append(state["workspace"])
     state["workspace"] = workspace
-    save_workspace(workspace, _ui.home() / "workspaces", state["workspace id"])
 
 
 def _undo() -> None:
     state = st.session_state
+    _save(state["workspace past"][-1])
     state["workspace"] = state["workspace past"].pop()
-    save_workspace(state["workspace"], _ui.home() / "workspaces", state["workspace id"])
+
+
+def _save(workspace: Workspace) -> None:
+    state = st.session_state
+    if not state["workspace is mine"]:
+        state["workspace id"], state["workspace is mine"] = uuid.uuid4().hex, True
+    save_workspace(workspace, _folder(), state["workspace id"])
 
 
 def _add(experiment: Experiment, workspace: Workspace) -> None:
@@ -86,7 +124,7 @@ def _add(experiment: Experiment, workspace: Workspace) -> None:
             ":material/undo:",
             help="Undo the last change of this list",
             key="undo scenarios",
-            on_click=_undo,
+            on_click=_ui.safely(_undo),
             disabled=not st.session_state["workspace past"],
         )
         st.caption(f"Explore shows cell {_ui.plain(experiment.recipe.cell_ids[0])}: {_ui.plain(edits[:120])}")
@@ -129,7 +167,11 @@ def _rename(workspace: Workspace, i: int) -> None:
 
 def _file(workspace: Workspace) -> None:
     st.markdown("#### Workspace")
-    st.caption("The list is kept on this server. As a file it can be taken elsewhere, with the same cells and model.")
+    st.caption(
+        f"The list is kept on this server until {MAX_AGE_DAYS} days after it was last saved or opened. Whoever opens "
+        "this page's address sees it; what they change is saved as their own list. As a file it can be taken "
+        "elsewhere, with the same cells and model."
+    )
     st.download_button(
         "Save as a file",
         json.dumps(workspace.to_dict(), indent=1, ensure_ascii=False),
@@ -157,17 +199,20 @@ def _compare(workspace: Workspace, model: GE2Hist, source: H5adSource) -> None:
     if others:
         st.warning("A scenario was made with other cells or another model: open those on the Explore page first.")
         return
+    for recipe in recipes:
+        _ui.in_use(recipe, source.path)
     results = [_ui.get_result(recipe) for recipe in recipes]
     missing = [recipe for recipe, result in zip(recipes, results, strict=True) if result is None]
     if missing:
-        _draw(missing, model, source)
+        _draw(missing, model, source.path)
         return
+    drawn = [result for result in results if result is not None]
     names = [scenario.name for scenario in workspace.scenarios]
     seed = st.selectbox("Noise seed shown", recipes[0].seeds, key="seed compared", width=170)
     place = recipes[0].seeds.index(seed)
     for start in range(0, len(names), 4):
         for column, name, result in zip(
-            st.columns(4), names[start : start + 4], results[start : start + 4], strict=False
+            st.columns(4), names[start : start + 4], drawn[start : start + 4], strict=False
         ):
             column.image(
                 _ui.tile_png(result.recipe.hash, "edited", place, "picture", (), result),
@@ -175,26 +220,69 @@ def _compare(workspace: Workspace, model: GE2Hist, source: H5adSource) -> None:
                 alt=f"Generated H&E picture of scenario {name}",
             )
             column.caption(_ui.plain(name))
-    _effects(names, results)
+    reference = _effects(names, drawn)
+    st.download_button(
+        "Report (ZIP)",
+        lambda: _report(workspace, drawn, model, source.path, reference),
+        "scenarios.zip",
+        "application/zip",
+        key="download comparison",
+        on_click="ignore",
+        icon=":material/download:",
+    )
 
 
-def _effects(names: list[str], results: list[Any]) -> None:
+def _report(workspace: Workspace, results: list[Result], model: GE2Hist, path: Path, reference: str) -> bytes:
+    from perturb.compare import zip_bytes
+
+    return zip_bytes(workspace, results, [_cells(result.recipe, model, path) for result in results], reference)
+
+
+def _cells(recipe: Recipe, model: GE2Hist, path: Path) -> Cells:
+    """The recipe's cells, read with the recipe's own matrix and gene column."""
+    return _ui.get_cells(recipe, _ui.get_source(path, model, recipe.matrix, recipe.gene_column))
+
+
+def _effects(names: list[str], results: list[Result]) -> str:
+    """Charts and tables of one readout. Returns the name of the reference scenario."""
     from perturb import charts
+    from perturb.compare import contrast_chart
 
     table = effects_table(names, results)
     readouts = list(dict.fromkeys(table["readout"]))
     readout = st.selectbox("Readout", readouts, key="readout compared", width=280)
+    n = len(results[0].recipe.seeds)
+    st.markdown("##### Edited against unedited")
     figure = charts.scenarios(table, readout, _ui.theme())
     st.plotly_chart(figure, theme=None, key="scenarios", config=charts.CHART_CONFIG)
     st.dataframe(table[table["readout"] == readout].drop(columns="readout"), hide_index=True)
     st.caption(
-        f"Effect: edited minus unedited over {len(results[0].recipe.seeds)} noise seeds that all scenarios share, with "
-        "its 95 % interval. q is adjusted within each scenario."
+        f"Effect: edited minus unedited over {n} noise seeds that all scenarios share, with its 95 % interval. "
+        "q is adjusted within each scenario."
     )
     st.download_button("Table (CSV)", _ui.csv(table), "scenarios.csv", "text/csv", key="download scenarios")
+    if len(names) < 2:
+        return names[0]
+    st.markdown("##### Scenario against scenario")
+    reference = st.selectbox("Reference scenario", names, key="reference scenario", width=320)
+    contrasts = contrast_table(names, results, reference)
+    rows = contrasts[contrasts["readout"] == readout]
+    if len(rows):
+        figure = contrast_chart(contrasts, readout, reference, _ui.theme())
+        st.plotly_chart(figure, theme=None, key="contrasts", config=charts.CHART_CONFIG)
+        st.dataframe(rows.drop(columns=["readout", "reference"]), hide_index=True)
+    else:
+        st.caption(f"No scenario's pictures show {_ui.plain(readout)}.")
+    st.caption(
+        f"Effect: the scenario's edited pictures minus the reference's, paired over the {n} noise seeds that both "
+        "share, with its 95 % interval. Scenarios of the same cells are paired cell by cell, those of other cells by "
+        "their mean over the cells; the last column says what the interval covers. q is adjusted within each scenario."
+    )
+    st.download_button("Differences (CSV)", _ui.csv(contrasts), "contrasts.csv", "text/csv", key="download contrasts")
+    return reference
 
 
-def _draw(missing: list[Recipe], model: GE2Hist, source: H5adSource) -> None:
+def _draw(missing: list[Recipe], model: GE2Hist, path: Path) -> None:
     key = "scenarios " + " ".join(recipe.hash for recipe in missing)
     if _ui.under_way(key):
         return
@@ -205,12 +293,13 @@ def _draw(missing: list[Recipe], model: GE2Hist, source: H5adSource) -> None:
         icon=":material/play_arrow:",
         key="draw scenarios",
         on_click=_ui.safely(_submit),
-        args=(key, missing, model, source),
+        args=(key, missing, model, path),
     )
 
 
-def _submit(key: str, missing: list[Recipe], model: GE2Hist, source: H5adSource) -> None:
-    inputs, cache = [(_ui.get_cells(recipe, source), _ui.network_of(recipe)) for recipe in missing], _ui.get_cache()
+def _submit(key: str, missing: list[Recipe], model: GE2Hist, path: Path) -> None:
+    inputs = [(_cells(recipe, model, path), _ui.network_of(recipe)) for recipe in missing]
+    cache = _ui.get_cache()
 
     def work(on_progress: Callable[[Progress], None], cancel: Any) -> None:
         from perturb.run import Progress, run

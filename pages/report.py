@@ -15,8 +15,11 @@ from pages._experiment import Experiment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from ge2hist_core.model import GE2Hist
+    from perturb.grn import Network
+    from perturb.recipe import Recipe
     from perturb.replay import SavedReport
     from perturb.run import Progress
 
@@ -36,12 +39,8 @@ def page() -> None:
     _ui.write_address(experiment)
     recipe = experiment.recipe
     st.markdown("#### Report")
-    running = _ui.job(recipe)
-    if running is not None and not running.over:
-        st.fragment(_wait, run_every=1.0)(experiment)
+    if _ui.under_way(recipe.hash):
         return
-    if running is not None and running.status == "failed":
-        st.error(_ui.plain(running.message), icon=":material/error:")
     result = _ui.get_result(recipe) or _ui.get_result(recipe.draft)
     if result is None or not recipe.perturbation:
         with st.container(border=True, key="empty-report"):
@@ -52,10 +51,13 @@ def page() -> None:
             )
             st.page_link("pages/explore.py", label="Go to Explore", icon=":material/biotech:")
         return
-    if len(result.recipe.seeds) < len(recipe.seeds):
-        st.caption("This is the draft of one seed. Compare over several seeds for intervals:")
+    if result.recipe != recipe:
+        cells, seeds = len(recipe.cell_ids), len(recipe.seeds)
+        of = f" of the {cells}" if cells > 1 else ""
+        st.caption(f"This is a draft: the first cell{of} with one seed. Draw the whole comparison for its intervals:")
+        many = f"{cells} cells over " if cells > 1 else "over "
         st.button(
-            f"Compare over {len(recipe.seeds)} seeds",
+            f"Compare {many}{seeds} seed{'s' * (seeds > 1)}",
             type="primary",
             icon=":material/play_arrow:",
             key="run",
@@ -64,16 +66,6 @@ def page() -> None:
         )
     result_downloads(result, lambda: _ui.get_cells(result.recipe, source))
     st.iframe(_ui.report_html(result.recipe.hash, result), height=900, alt="Preview of the report")
-
-
-def _wait(experiment: Experiment) -> None:
-    with _ui.guard():
-        state = _ui.job(experiment.recipe)
-        if state is None or state.over:
-            st.rerun()
-        fraction = state.progress.fraction if state.progress else 0.0
-        st.progress(fraction, text=f"Drawing and comparing: {fraction:.0%}")
-        st.button("Cancel", icon=":material/stop_circle:", on_click=_ui.cancel, args=(experiment.recipe,))
 
 
 def _replay(model: GE2Hist) -> None:
@@ -99,7 +91,7 @@ def _replay(model: GE2Hist) -> None:
             _report(uploaded, model)
 
 
-def _describe(edits: object, recipe: Any, seeds: int) -> None:
+def _describe(edits: object, recipe: Recipe, seeds: int) -> None:
     cells = _ui.plain(", ".join(recipe.cell_ids))
     st.markdown(f"**{cells}** · {_ui.plain(edits) or 'no edit'} · {seeds} seed{'s' * (seeds > 1)}")
 
@@ -111,7 +103,7 @@ def _report(uploaded: Any, model: GE2Hist) -> None:
 
     content = uploaded.getvalue()
     saved = parse_report(content, uploaded.name)
-    path = _place(saved.recipe, model)
+    path = _place(saved.recipe, model, saved.network)
     if isinstance(saved.what, Recipe):
         _describe(saved.what.perturbation, saved.what, len(saved.what.seeds))
     else:
@@ -127,7 +119,7 @@ def _report(uploaded: Any, model: GE2Hist) -> None:
         if not verdict["same"] and (why := changed_versions(saved)):
             st.caption(_ui.plain(why))
         if isinstance(saved.what, Recipe):
-            st.button("Open it", key="open replayed", on_click=_open, args=(Experiment(saved.what, path),))
+            st.button("Open it", key="open replayed", on_click=_ui.safely(_open), args=(saved, model))
     st.button(
         "Replay it" if verdict is None else "Replay it again",
         type="primary" if verdict is None else "secondary",
@@ -137,7 +129,7 @@ def _report(uploaded: Any, model: GE2Hist) -> None:
     )
 
 
-def _start_report(key: str, saved: SavedReport, path: Any, model: GE2Hist) -> None:
+def _start_report(key: str, saved: SavedReport, path: Path, model: GE2Hist) -> None:
     recipe, cache = saved.recipe, _ui.get_cache()
     cells = _ui.get_cells(recipe, _ui.get_source(path, model, recipe.matrix, recipe.gene_column))
 
@@ -150,23 +142,32 @@ def _start_report(key: str, saved: SavedReport, path: Any, model: GE2Hist) -> No
     _ui.get_worker().submit(key, work, _ui.owner())
 
 
-def _open(experiment: Experiment) -> None:
-    st.session_state["experiment"] = experiment
+def _open(saved: SavedReport, model: GE2Hist) -> None:
+    st.session_state["experiment"] = Experiment(saved.recipe, _place(saved.recipe, model, saved.network))
 
 
-def _place(recipe: Any, model: GE2Hist) -> Any:
-    """Where the recipe's cells are.
+def _place(recipe: Recipe, model: GE2Hist, network: Network | None = None) -> Path:
+    """Where the recipe's cells are. The network that its report brings is kept, so that the recipe can be drawn here.
 
     Raises
     ------
-    BadInput: a recipe for another model, or cells that are not here.
+    BadInput: a recipe for another model; cells, genes or a network that are not here.
     """
+    from perturb.networks import keep_network
+
     if recipe.model_sha256 != model.sha256:
         raise BadInput(
             f"The recipe was made with model {recipe.model_sha256[:12]}, this app has {model.sha256[:12]}: "
             "start the app with that bundle, or make the recipe again."
         )
     path = _ui.find_data(recipe.data_sha256, model)
+    if network is not None and recipe.propagation is not None:
+        if network.sha256 != recipe.propagation.network_sha256:
+            raise BadInput(
+                f"The report brings the network {network.sha256[:12]}, its recipe names "
+                f"{recipe.propagation.network_sha256[:12]}: write the report again."
+            )
+        keep_network(network, _ui.networks_folder())
     _ui.check_recipe(recipe, _ui.get_source(path, model, recipe.matrix, recipe.gene_column))
     return path
 
@@ -184,10 +185,10 @@ def _read(uploaded: Any, model: GE2Hist) -> Experiment:
 
 def _start(experiment: Experiment, model: GE2Hist) -> None:
     recipe = experiment.recipe
-    st.session_state["experiment"] = replace(experiment)
-    source = _ui.get_source(experiment.path, model, recipe.matrix, recipe.gene_column)
+    path = _place(recipe, model)
     if _ui.get_result(recipe) is None:
-        _ui.submit(recipe, model, source)
+        _ui.submit(recipe, model, _ui.get_source(path, model, recipe.matrix, recipe.gene_column))
+    st.session_state["experiment"] = replace(experiment)
 
 
 with _ui.guard():

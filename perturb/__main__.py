@@ -8,6 +8,7 @@ from ge2hist_core.__main__ import run_command
 
 COMMANDS = {
     "recipe": ("perturb.recipe", "print the recipe of an experiment as JSON"),
+    "compare": ("perturb.compare", "run several recipes on the same noise and compare them"),
     "dose": ("perturb.doses", "run a recipe at seven doses of a signature"),
     "goal": ("perturb.goal", "search edits that move a niche towards a target"),
     "network": ("perturb.networks", "show a network of regulators, fit one, or write the known truth"),

@@ -5,7 +5,9 @@ A workspace never changes: every operation gives a new one, so that undo is the 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from ge2hist_core.files import write_json
@@ -22,12 +25,22 @@ from perturb.recipe import Recipe
 if TYPE_CHECKING:
     from perturb.result import Result
 
-__all__ = ["MAX_SCENARIOS", "Scenario", "Workspace", "effects_table", "load_workspace", "save_workspace"]
+__all__ = [
+    "MAX_AGE_DAYS",
+    "MAX_SCENARIOS",
+    "Scenario",
+    "Workspace",
+    "contrast_table",
+    "effects_table",
+    "load_workspace",
+    "save_workspace",
+]
 
 SCHEMA = 1
 MAX_SCENARIOS = 8
 MAX_NAME = 60
-MAX_AGE_S = 90 * 86400.0
+MAX_AGE_DAYS = 90
+"""Workspace files neither saved nor opened for longer are removed when another one is saved."""
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -142,23 +155,32 @@ class Workspace:
 
 
 def save_workspace(workspace: Workspace, folder: str | Path, workspace_id: str) -> None:
-    """Keep a workspace under its id; others unused for 90 days go."""
+    """Keep a workspace under its id; others that were neither saved nor opened for 90 days go."""
     path = _path(folder, workspace_id)
     write_json(path, workspace.to_dict())
-    for other in path.parent.glob("*.json"):
-        if other.stat().st_mtime < time.time() - MAX_AGE_S:
-            other.unlink(missing_ok=True)
+    oldest = time.time() - MAX_AGE_DAYS * 86400
+    for other in path.parent.glob("[!.]*.json"):
+        with contextlib.suppress(FileNotFoundError):  # another session may have removed it
+            if other.stat().st_mtime < oldest:
+                other.unlink()
 
 
 def load_workspace(folder: str | Path, workspace_id: str) -> Workspace | None:
-    """A kept workspace, or None.
+    """A kept workspace, or None. Opening it starts its 90 days anew.
 
     Raises
     ------
     BadInput: an id of another form, or a damaged file.
     """
     path = _path(folder, workspace_id)
-    return Workspace.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        text = path.read_text(encoding="utf-8")
+        os.utime(path)
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"The workspace cannot be read ({error}): start a new one.") from None
+    return Workspace.from_json(text)
 
 
 def _path(folder: str | Path, workspace_id: str) -> Path:
@@ -175,3 +197,77 @@ def effects_table(names: Sequence[str], results: Sequence[Result]) -> pd.DataFra
         [result.comparison.assign(scenario=name) for name, result in zip(names, results, strict=True)],
         ignore_index=True,
     )
+
+
+def contrast_table(names: Sequence[str], results: Sequence[Result], reference: str) -> pd.DataFrame:
+    """Paired differences of every scenario's edited pictures to those of a reference scenario.
+
+    Where both have the same cells, pictures of the same cell and seed are paired and the interval covers cells and
+    seeds (:func:`perturb.stats.crossed_effect`). Otherwise the means over the cells of each seed are paired, and the
+    interval covers seeds alone: it says nothing about other cells. A pair with an undefined readout is left out, and so
+    is a type that no picture of either scenario shows.
+
+    Parameters
+    ----------
+    names: of the scenarios, in the order of ``results``.
+    results: of recipes on the same noise (:attr:`Workspace.on_shared_noise`).
+    reference: one of the names.
+
+    Returns
+    -------
+    DataFrame ``scenario, reference, readout, unit, reference_mean, mean, effect, low, high, p, q, n, over``: ``effect``
+    is scenario minus reference in the readout's unit, ``low`` to ``high`` its 95 % interval, p by sign flips, q
+    adjusted within each scenario, n the pairs, ``over`` what the interval covers.
+
+    Raises
+    ------
+    BadInput: a reference that is none of the names, or results with other seeds.
+    """
+    from perturb.stats import bh_fdr, crossed_effect
+    from perturb.tables import LEVEL
+
+    if reference not in names:
+        raise BadInput(f"The reference is {reference!r}: choose one of {', '.join(map(repr, names))}.")
+    first = results[list(names).index(reference)]
+    tables = []
+    for name, result in zip(names, results, strict=True):
+        if result.recipe.seeds != first.recipe.seeds:
+            raise BadInput(f"The scenarios {name!r} and {reference!r} have other seeds: draw both on the same noise.")
+        if name == reference:
+            continue
+        paired = result.recipe.cell_ids == first.recipe.cell_ids
+        over = "cells and seeds" if paired and len(first.recipe.cell_ids) > 1 else "seeds"
+        before, after = _edited(first), _edited(result)
+        rows = []
+        for readout in (readout for readout in before if readout in after):
+            a, b = (values if paired else _over_cells(values) for values in (before[readout][1], after[readout][1]))
+            if ":" in readout and not (np.nan_to_num(a).any() or np.nan_to_num(b).any()):
+                continue
+            defined = np.isfinite(a) & np.isfinite(b)
+            found = crossed_effect(np.where(defined, a, np.nan), b, first.recipe.encoder_seed, LEVEL)
+            means = [float(values[defined].mean()) if defined.any() else float("nan") for values in (a, b)]
+            rows.append((readout, before[readout][0], *means, found.value, found.low, found.high, found.p, found.n))
+        columns = ["readout", "unit", "reference_mean", "mean", "effect", "low", "high", "p", "n"]
+        table = pd.DataFrame(rows, columns=columns)
+        table.insert(8, "q", bh_fdr(table["p"].to_numpy()))
+        table.insert(0, "scenario", name)
+        table.insert(1, "reference", reference)
+        tables.append(table.assign(over=over))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _edited(result: Result) -> dict[str, tuple[str, np.ndarray]]:
+    """Readout -> its unit and ``[cell, seed]`` values in the edited pictures."""
+    rows = result.readouts[result.readouts["arm"] == "edited"]
+    shape = (len(result.recipe.cell_ids), len(result.recipe.seeds))
+    return {
+        str(readout): (str(part["unit"].iloc[0]), part["value"].to_numpy(dtype=float).reshape(shape))
+        for readout, part in rows.groupby("readout", sort=False)
+    }
+
+
+def _over_cells(values: np.ndarray) -> np.ndarray:
+    """Mean over the cells of each seed, ``[1, seed]``; NaN where no cell gives a value."""
+    defined = np.isfinite(values)
+    n = defined.sum(axis=0, keepdims=True)
+    return np.where(n > 0, np.where(defined, values, 0.0).sum(axis=0, keepdims=True) / np.maximum(n, 1), np.nan)

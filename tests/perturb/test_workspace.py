@@ -25,6 +25,8 @@ from ge2hist_core.model import GE2Hist
 from ge2hist_core.types import BadInput, Cells
 from perturb import compare
 from perturb.edits import Perturbation
+from perturb.grn import Network, Propagation, pack_network
+from perturb.networks import known_truth
 from perturb.recipe import Recipe
 from perturb.replay import read_report
 from perturb.result import Result
@@ -279,3 +281,19 @@ def test_what_cannot_be_compared_is_one_sentence(recipes: list[str], more: list[
     compare.add_arguments(parser)
     with pytest.raises(BadInput, match=message):
         compare.main(parser.parse_args([*recipes, "--out", "x", *more]))
+
+
+def test_the_command_line_takes_networks_that_are_given_lie_beside_or_are_the_truth(tmp_path: Path) -> None:
+    beside, given, truth = (
+        Network(np.array(["A"]), np.array(["B"]), np.array([1.0]), "beside"),
+        Network(np.array(["A"]), np.array(["C"]), np.array([1.0]), "given"),
+        known_truth(),
+    )
+    (tmp_path / "network.json").write_text(json.dumps(pack_network(beside)))
+    given.table().to_csv(tmp_path / "given.csv", index=False)
+    at_hand = compare._networks([str(tmp_path / "given.csv")])
+    for network in (beside, given, truth):
+        recipe = replace(PLAIN, perturbation=Perturbation.parse("A:ko"), propagation=Propagation(network.sha256, "x"))
+        found = compare._network(recipe, at_hand, str(tmp_path / "recipe.json"))
+        assert found is not None and found.sha256 == network.sha256
+    assert compare._network(PLAIN, at_hand, str(tmp_path / "recipe.json")) is None

@@ -198,11 +198,15 @@ def test_what_nobody_used_for_days_goes_and_what_is_open_stays(home: Path, edite
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
         os.utime(path.parent if path != kept else path, (old, old))
-    fresh = home / "networks" / ("4" * 64 + ".json")
-    fresh.write_text("x")
+    fresh, link, old_link = (home / name for name in ("networks/4.json", "links/5.json", "links/6.json"))
+    for path in (fresh, link, old_link):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    os.utime(link, (old, old))
+    os.utime(old_link, (old - _ui.LINK_DAYS * 86400, old - _ui.LINK_DAYS * 86400))
     st.cache_resource.clear()
     opened(edited)
-    assert fresh.is_file() and not any(path.exists() for path in files)
+    assert fresh.is_file() and link.is_file() and not old_link.exists() and not any(path.exists() for path in files)
 
 
 def test_an_upload_that_is_used_again_is_not_removed(home: Path, demo_cells: Cells, tmp_path: Path) -> None:
