@@ -27,18 +27,20 @@ SEEDS = 8
 
 def dose_panel(result: Result, model: GE2Hist) -> None:
     """Draw seven doses of a signature, and what came of it."""
-    known = known_signatures()
-    parts = result.recipe.perturbation.parts
-    names = [part.name for part in parts if isinstance(part, EditSet) and part.name in known]
-    if not names:
-        st.caption("The signature of this link or recipe is not at hand: upload its file again to vary its dose.")
-        return
-    with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
-        name = st.selectbox("Signature", names, key="dosed", width=280)
-        maximum = st.selectbox("Up to dose", (1.0, 2.0, 4.0, -1.0, -2.0, -4.0), index=1, key="largest dose", width=140)
-    signature = known[name]
     experiment = st.session_state["experiment"]
     source = _ui.get_source(experiment.path, model, result.recipe.matrix, result.recipe.gene_column)
+    known, lost = _at_hand(result, list(source.genes))
+    if lost:
+        st.caption(
+            f"The signature of {_ui.plain(', '.join(lost))} in this link or recipe is not at hand, or another one has "
+            "its name: upload its file again to vary its dose."
+        )
+    if not known:
+        return
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
+        name = st.selectbox("Signature", list(known), key="dosed", width=280)
+        maximum = st.selectbox("Up to dose", (1.0, 2.0, 4.0, -1.0, -2.0, -4.0), index=1, key="largest dose", width=140)
+    signature = known[name]
     from perturb.doses import dose_series, load_doses, series_key
 
     recipe = replace(experiment.recipe, seeds=experiment.recipe.seeds[:SEEDS])
@@ -59,6 +61,25 @@ def dose_panel(result: Result, model: GE2Hist) -> None:
         on_click=_ui.safely(_submit),
         args=(key, series, model, source, recipe),
     )
+
+
+def _at_hand(result: Result, genes: list[str]) -> tuple[dict[str, Signature], list[str]]:
+    """Signatures that made the result's sets with a dose, by name, and names of sets whose signature is not known."""
+    from perturb.doses import comes_from
+    from perturb.signatures import load_library
+
+    known, found, lost = known_signatures(), {}, []
+    for part in result.recipe.perturbation.parts:
+        if not isinstance(part, EditSet) or part.dose is None:
+            continue
+        likely = [known[part.name]] if part.name in known else []
+        likely += [signature for signature in load_library() if signature.name == part.name]
+        match = next((one for one in likely if comes_from(part, one, genes)), None)
+        if match is None:
+            lost.append(part.name)
+        else:
+            found[part.name] = match
+    return found, lost
 
 
 def _submit(key: str, series: Any, model: GE2Hist, source: Any, recipe: Any) -> None:

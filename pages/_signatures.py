@@ -84,8 +84,10 @@ def _card(experiment: Experiment, part: EditSet, genes: Sequence[str]) -> None:
     if all(edit.kind == "ko" for edit in part.edits):
         st.caption(f"All of its {len(part.edits)} genes in these data are knocked out.")
         return
+    from perturb.doses import comes_from
+
     signature = known_signatures().get(part.name)
-    if signature is None or part.dose is None:
+    if signature is None or part.dose is None or not comes_from(part, signature, genes):
         st.caption(f"{len(part.edits)} genes, from a link or recipe. Upload its file again to change the dose.")
         return
     low, high = min(DOSES[0], part.dose), max(DOSES[1], part.dose)

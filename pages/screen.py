@@ -120,7 +120,7 @@ def _screen(screen: Screen, experiment: Experiment, model: GE2Hist, source: H5ad
         st.caption(
             f"Ranks {len(screen.candidates)} candidates and draws {screen.pictures} pictures: about "
             f"{max(minutes, 0.1):.1f} minutes on two cores with the demo bundle. It can be cancelled; what is finished "
-            "is kept."
+            f"is kept. {screen.reach()}"
         )
     if result is not None:
         _show(result, screen, experiment)
@@ -141,11 +141,13 @@ def _submit(screen: Screen, model: GE2Hist, source: H5adSource) -> None:
 def _show(result: ScreenResult, screen: Screen, experiment: Experiment) -> None:
     from perturb import charts
     from perturb.screen import agreement
+    from perturb.screen_report import headline
 
     if not result.complete:
         st.caption(":material/warning: This is a part: the screen was cancelled or is not finished.")
     confirmed = result.confirmed
     if len(confirmed):
+        st.markdown(_ui.plain(headline(result, screen)))
         readout = st.selectbox("Readout", list(dict.fromkeys(confirmed["readout"])), key="volcano readout", width=280)
         rows = confirmed[confirmed["readout"] == readout]
         event = st.plotly_chart(
@@ -170,14 +172,18 @@ def _show(result: ScreenResult, screen: Screen, experiment: Experiment) -> None:
         st.caption(
             f"Effect: mean paired difference over {len(screen.further_seeds)} further seeds, with its 95 % interval; "
             f"n counts picture pairs. First effect: over the {len(screen.first_seeds)} seeds that chose the better "
-            "half, which no p-value uses. q: Benjamini-Hochberg over all drawn candidates and readouts. All of it "
-            "speaks of this model's pictures, not of an experiment."
+            "half, which no p-value uses. q: Benjamini-Hochberg over all rows with a p-value; the share of a type that "
+            "fewer than half of the picture pairs show has none. Shift image: mean absolute difference of optical "
+            "density between the pictures of a pair, over the first seeds; shift embedding: Euclidean change of the "
+            "encoder's embedding; both describe a candidate, without a test. All of it speaks of this model's "
+            "pictures, not of an experiment."
         )
     st.markdown("##### All candidates, ranked without drawing")
     _table(result.guess, experiment, "guess")
     st.caption(
-        "Shift: Euclidean change of the expected root counts of the neighbours. p matched: share of the 30 candidates "
-        "of nearest expression that move at least as far."
+        "Shift: Euclidean change of the expected root counts of the neighbours. p matched: (b + 1) / (n + 1) with b of "
+        "the n other candidates that move at least as far once the trend with expression is taken out. It is a rank "
+        "among this screen's candidates that says what to draw; only drawing tests."
     )
 
 

@@ -436,18 +436,15 @@ CHART_CONFIG: dict[str, object] = {
 
 
 def ranking(guess: pd.DataFrame, readout: str, drawn: int, theme: str = "light", named: int = 12) -> go.Figure:
-    """Guessed change of every candidate against the mean count of its genes; filled where q_matched < 0.05.
-
-    The matched null compares a candidate with its neighbours along the horizontal axis.
+    """Guessed change of every candidate against the mean count of its genes.
 
     Parameters
     ----------
-    guess: ``candidate, level, q_matched`` and ``readout``, the largest first (:func:`perturb.screen.guess`).
+    guess: ``candidate, level, p_matched`` and ``readout``, the largest first (:func:`perturb.screen.guess`).
     readout: the column that ranks. drawn: how many leading candidates were drawn. named: how many bear their name.
     """
     look = THEMES[theme]
     score, level = guess[readout].abs().to_numpy(), guess["level"].to_numpy()
-    hit = guess["q_matched"].to_numpy() < 0.05
     figure = go.Figure()
     for title, part, colour in (
         ("Not drawn", slice(drawn, None), look["muted"]),
@@ -458,7 +455,7 @@ def ranking(guess: pd.DataFrame, readout: str, drawn: int, theme: str = "light",
         figure.add_scatter(
             x=np.maximum(level[part], 0.01),
             y=score[part],
-            customdata=rows[["candidate", "p_matched", "q_matched"]],
+            customdata=rows[["candidate", "p_matched"]],
             text=names if title == "Drawn" else None,
             mode="markers+text" if title == "Drawn" else "markers",
             textposition="top center",
@@ -467,16 +464,16 @@ def ranking(guess: pd.DataFrame, readout: str, drawn: int, theme: str = "light",
             marker={
                 "size": 9 if title == "Drawn" else 6,
                 "color": colour,
-                "symbol": ["circle" if h else "circle-open" for h in hit[part]],
+                "symbol": "circle",
             },
             hovertemplate="%{customdata[0]}<br>change %{y:.3g}, mean count %{x:.3g}<br>"
-            "matched p = %{customdata[1]:.2g}, q = %{customdata[2]:.2g}<extra></extra>",
+            "rank above the trend: p matched = %{customdata[1]:.2g}<extra></extra>",
         )
     unit = {"shift": "root counts", "density": "cells/mm²"}.get(readout, "fraction")
     ticks = [n * 10**k for k in range(-2, 6) for n in (1, 3)]
     figure.update_xaxes(title_text="Mean count of the edited genes", type="log", tickvals=ticks)
     figure.update_yaxes(title_text=f"Guessed change ({unit})", rangemode="tozero")
-    return _finish(figure, theme, "All candidates; filled: q < 0.05 against 30 of like expression")
+    return _finish(figure, theme, "All candidates by expression and guessed change")
 
 
 def spread(table: pd.DataFrame, readout: str, theme: str = "light") -> go.Figure:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,18 +18,31 @@ import pandas as pd
 
 from ge2hist_core.types import BadInput, Cells
 from perturb.dose_response import DoseResponse, Hill, dose_response, doses
-from perturb.edits import EditSet, Perturbation
-from perturb.grn import Network, read_network
+from perturb.edits import Edit, EditSet, Perturbation
+from perturb.grn import Network
 from perturb.recipe import Recipe
 from perturb.result import pack_table, unpack_table
 from perturb.run import Progress, run
 from perturb.signatures import Signature, expand
+from perturb.stats import crossed_effect
+from perturb.tables import LEVEL
 
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
     from perturb.cache import DiskCache
 
-__all__ = ["at_dose", "dose_series", "find_signature", "hill_curve", "load_doses", "respond", "run_doses", "series_key"]
+__all__ = [
+    "at_dose",
+    "at_every_dose",
+    "comes_from",
+    "dose_series",
+    "find_signature",
+    "hill_curve",
+    "load_doses",
+    "respond",
+    "run_doses",
+    "series_key",
+]
 
 COLUMNS = ("dose", "readout", "unit", "base", "edited", "effect", "low", "high", "p", "n")
 
@@ -36,7 +50,7 @@ COLUMNS = ("dose", "readout", "unit", "base", "edited", "effect", "low", "high",
 def at_dose(recipe: Recipe, signature: Signature, genes: Sequence[str], dose: float) -> Recipe:
     """The recipe with the signature at this dose in the place where it stands, else after all other edits.
 
-    At dose 0 the signature is left out.
+    At dose 0 the signature is left out. A set of the same name without a dose is another thing and stays.
 
     Raises
     ------
@@ -45,8 +59,28 @@ def at_dose(recipe: Recipe, signature: Signature, genes: Sequence[str], dose: fl
     edits = expand(signature, genes, dose).perturbation.edits
     new = (EditSet(signature.name, edits, dose),) if edits else ()
     parts = recipe.perturbation.parts
-    place = next((i for i, p in enumerate(parts) if isinstance(p, EditSet) and p.name == signature.name), len(parts))
+    here = (
+        i for i, p in enumerate(parts) if isinstance(p, EditSet) and p.name == signature.name and p.dose is not None
+    )
+    place = next(here, len(parts))
     return replace(recipe, perturbation=Perturbation((*parts[:place], *new, *parts[place + 1 :])))
+
+
+def comes_from(part: Edit | EditSet, signature: Signature, genes: Sequence[str]) -> bool:
+    """Whether a set of edits is this signature at the set's dose: same name, and exactly the same edits on these data.
+
+    A name alone says little: a file may hold another signature of that name, and sets without a dose are no signatures.
+    At dose 0, where a signature has no edit, a set that leaves its genes at their counts is meant.
+    """
+    if not isinstance(part, EditSet) or part.dose is None or part.name != signature.name:
+        return False
+    try:
+        found = expand(signature, genes, part.dose)
+    except BadInput:  # a dose out of range, or none of its genes is in these data
+        return False
+    if part.dose == 0:
+        return all(edit.kind == "factor" and edit.amount == 1 and edit.gene in found.matched for edit in part.edits)
+    return found.perturbation.edits == part.edits
 
 
 def dose_series(
@@ -91,9 +125,10 @@ def run_doses(
 
     Returns
     -------
-    DataFrame ``dose, readout, unit, base, edited, effect, low, high, p, n``; ``p`` is not adjusted over doses.
+    DataFrame ``dose, readout, unit, base, edited, effect, low, high, p, n``; ``p`` is not adjusted over doses. A
+    readout that is seen at any dose has a row at each.
     """
-    tables = []
+    tables, readouts = [], []
     for i, (dose, recipe) in enumerate(series):
 
         def report(progress: Progress, i: int = i, dose: float = dose) -> None:
@@ -103,16 +138,54 @@ def run_doses(
 
         result = run(recipe, model, cells, network=network, cache=cache, on_progress=report, cancel=cancel)
         tables.append(result.comparison.assign(dose=dose))
-    table = pd.concat(tables, ignore_index=True)[list(COLUMNS)]
+        readouts.append(result.readouts)
+    table = at_every_dose(tables, readouts, series[0][1].encoder_seed)
     cache.store_json(series_key(series), pack_table(table))
     return table
 
 
+def at_every_dose(comparisons: Sequence[pd.DataFrame], readouts: Sequence[pd.DataFrame], seed: int) -> pd.DataFrame:
+    """One table of all doses, in which a type that some dose shows is 0 where no picture of either arm shows it.
+
+    A comparison leaves such types out (:func:`perturb.tables.statistics`); a dose response needs them, dose 0 first.
+
+    Parameters
+    ----------
+    comparisons: ``[dose]`` tables ``dose, readout, unit, base, edited, effect, low, high, p, n``.
+    readouts: ``[dose]`` readouts per picture behind them (:attr:`perturb.result.Result.readouts`).
+    seed: of the intervals.
+
+    Returns
+    -------
+    DataFrame with these columns. ``n`` counts, as everywhere, the pairs in which the readout is defined.
+    """
+    names = list(dict.fromkeys(name for one in comparisons for name in one["readout"]))
+    tables = []
+    for one, pictures in zip(comparisons, readouts, strict=True):
+        rows = []
+        for name in names:
+            if (one["readout"] == name).any():
+                continue
+            part = pictures[pictures["readout"] == name]
+            base, edited = (
+                part[part["arm"] == arm].pivot(index="cell_id", columns="seed", values="value").to_numpy()
+                for arm in ("base", "edited")
+            )
+            found = crossed_effect(base, edited, seed, LEVEL)
+            level = 0.0 if found.n else np.nan
+            numbers = (level, level, found.value, found.low, found.high, found.p, found.n)
+            rows.append((one["dose"].iloc[0], name, part["unit"].iloc[0], *numbers))
+        tables += [one[list(COLUMNS)]] + [pd.DataFrame(rows, columns=list(COLUMNS))] * bool(rows)
+    return pd.concat(tables, ignore_index=True)
+
+
 def respond(table: pd.DataFrame, readout: str) -> DoseResponse:
-    """Plateau and EC50 of one readout of :func:`run_doses`; doses without the readout are left out."""
+    """Plateau and EC50 of one readout of :func:`run_doses`; without a row at dose 0 there is neither, and a reason."""
     rows = table[table["readout"] == readout].copy()
     rows["dose"] = rows["dose"].abs()
     rows = rows.sort_values("dose")
+    if not (rows["dose"] == 0).any():
+        return DoseResponse(False, math.nan, None, "The readout has no value at dose 0 to compare with.")
     return dose_response(*(rows[name].to_numpy() for name in ("dose", "effect", "low", "high")))
 
 
@@ -169,12 +242,13 @@ def main(args: argparse.Namespace) -> None:
     from ge2hist_core.files import atomic_path
     from perturb import charts
     from perturb.cache import DiskCache
-    from perturb.report import csv_bytes
+    from perturb.networks import network_for
+    from perturb.page import chart_page, csv_bytes
     from perturb.run import open_recipe, print_progress
 
     signature = find_signature(args.signature, args.signature_file)
-    network = read_network(args.network) if args.network else None
     recipe, model, cells = open_recipe(args)
+    network = network_for(recipe, args.network, args.recipe)
     series = dose_series(recipe, signature, list(cells.genes), args.max_dose)
     for sentence in expand(signature, list(cells.genes), args.max_dose).sentences:
         print(sentence)
@@ -183,7 +257,8 @@ def main(args: argparse.Namespace) -> None:
         table = run_doses(series, model, cells, cache, network=network, on_progress=print_progress())
     out = Path(args.out)
     figure = charts.dose_response(table, "density", signature.dose_unit)
-    for name, content in (("doses.csv", csv_bytes(table)), ("doses.html", figure.to_html().encode())):
+    page = chart_page(figure, f"Dose response of {signature.name}")
+    for name, content in (("doses.csv", csv_bytes(table)), ("doses.html", page)):
         with atomic_path(out / name) as temporary:
             temporary.write_bytes(content)
         print(out / name)

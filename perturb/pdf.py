@@ -198,7 +198,7 @@ def _screen_first(screen: Screen, result: ScreenResult, question: str) -> Figure
 
     figure = _page()
     y = _write(figure, TOP, question, 15, 52, weight="bold")
-    y = _write(figure, y - 0.01, headline(result), 10, WIDTH)
+    y = _write(figure, y - 0.01, headline(result, screen), 10, WIDTH)
     if not result.complete:
         y = _write(
             figure, y - 0.004, "! This is a part: the screen was cancelled or is not finished.", 9, 104, color="#8a5a00"
@@ -233,17 +233,12 @@ def _ranking(figure: Figure, y: float, screen: Screen, result: ScreenResult) -> 
     axes = figure.add_axes((LEFT + 0.07, y - 0.27, RIGHT - LEFT - 0.07, 0.23))
     score = result.guess[screen.readout].abs().to_numpy()
     level = np.maximum(result.guess["level"].to_numpy(), 0.01)
-    hit = result.guess["q_matched"].to_numpy() < 0.05
     drawn = np.arange(len(score)) < (result.confirmed["candidate"].nunique() if len(result.confirmed) else 0)
     for part, colour in ((~drawn, "#999999"), (drawn, colour_of("CD8 T cell"))):
-        for kind, fill in ((hit, "full"), (~hit, "none")):
-            axes.plot(level[part & kind], score[part & kind], "o", color=colour, fillstyle=fill, markersize=4)
+        axes.plot(level[part], score[part], "o", color=colour, markersize=4)
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
-    axes.set_title(
-        "All candidates, ranked without drawing; blue: drawn; filled: q < 0.05 against 30 of like expression",
-        fontsize=9, loc="left",
-    )  # fmt: skip
+    axes.set_title("All candidates, ranked without drawing; blue: drawn", fontsize=9, loc="left")
     axes.set_xlabel("Mean count of the edited genes", fontsize=8)
     axes.set_ylabel("Guessed change", fontsize=8)
     axes.tick_params(labelsize=7.5)
@@ -262,7 +257,6 @@ def _screen_tables(screen: Screen, result: ScreenResult) -> Iterator[Figure]:
         names = {"difference, first seeds": "first", "difference": "further", "replicated": "repl."}
         yield from _table_pages("Tested candidates and readouts, hits first", shown, columns, names)
     columns = {"candidate": 0.0, screen.readout: 0.34, "level": 0.46, "shift_embedding": 0.54, "p_matched": 0.72}
-    columns |= {"q_matched": 0.84}
     leading = labelled(result.guess.head(ROWS))
     yield from _table_pages("The leading candidates of the ranking", leading, columns)
 

@@ -3,11 +3,15 @@
 Two stages.
 
 1. **Guess.** Every candidate is embedded and encoded, and the model's niche network says which neighbours it expects
-   (:meth:`GE2Hist.expected_neighbours`): no picture is drawn. Each candidate's shift is compared with those of genes
-   of like expression (matched-gene null).
+   (:meth:`GE2Hist.expected_neighbours`): no picture is drawn. Each candidate's shift is placed among those of all
+   others once the trend with expression is taken out: a rank that says what to draw, not a test.
 2. **Confirm.** The leading candidates are drawn with the same noise as the unedited cell. A first set of seeds keeps
    the better half; p-values and intervals come from *further* seeds alone, which took no part in the choice, so that
-   the choice does not flatter them. Both sets are shown beside each other (replication).
+   the choice does not flatter them. Both sets are shown beside each other (replication). Fractions of types that
+   fewer than half of the picture pairs show get no p-value: so few non-zero differences could not reach a small one,
+   and would only add tests. The rule looks at both arms alike, so it does not choose by the sign of an effect and
+   leaves the sign-flip p-values of the others as they are (independent filtering, Bourgon et al. 2010,
+   doi:10.1073/pnas.0914005107).
 
 A knock-out of a gene that a cell does not express changes nothing at all, so such genes are not candidates.
 
@@ -18,43 +22,63 @@ so that they can be spread over processes or a ``dask.distributed`` cluster with
 from __future__ import annotations
 
 import argparse
+import atexit
 import hashlib
 import json
+import math
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from ge2hist_core.config import READER_CLASSES
+from ge2hist_core.config import READER_CLASSES, SampleConfig
 from ge2hist_core.types import BadInput, Cells
 from perturb.edits import Edit, EditSet, Perturbation
-from perturb.recipe import Recipe
-from perturb.result import pack_table, unpack_table
+from perturb.recipe import Recipe, _parse_seeds, _print_seeds
+from perturb.result import Result, pack_table, unpack_table
 from perturb.run import Progress, run
 from perturb.stats import bh_fdr, crossed_effect
+from perturb.wording import smallest_p
 
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
     from perturb.cache import DiskCache
+    from perturb.signatures import Signature
 
 __all__ = [
     "Screen",
     "ScreenResult",
     "agreement",
     "confirm",
+    "draw_one",
+    "drawn_readouts",
     "guess",
+    "image_shift",
     "knock_outs",
     "load_screen",
+    "on_cluster",
     "run_screen",
     "signature_edits",
 ]
 
 MATCHED = 30
-"""Genes of like expression in the null of a gene."""
+"""Candidates of like expression behind each point of the trend, at least."""
+FALSE_DISCOVERIES = 0.05
+"""A hit's q lies below."""
+SEEN = 0.5
+"""A type's fraction is tested where at least this share of the picture pairs shows the type in either arm."""
+IMAGE_SHIFT = "shift_image"
+FIRST_SEEDS = tuple(range(4))
+FURTHER_SEEDS = tuple(range(4, 16))
+"""With 12 seeds one row alone reaches q = 0.049 among the 100 of ten candidates and ten readouts; 11 would not do."""
 READOUTS = ("density", "spacing", *(f"fraction:{name}" for name in READER_CLASSES))
 """What is tested; densities by type follow from these."""
 
@@ -83,8 +107,8 @@ class Screen:
     recipe: Recipe
     candidates: tuple[Perturbation, ...]
     keep: int = 20
-    first_seeds: tuple[int, ...] = (0, 1, 2, 3)
-    further_seeds: tuple[int, ...] = (4, 5, 6, 7, 8, 9, 10, 11)
+    first_seeds: tuple[int, ...] = FIRST_SEEDS
+    further_seeds: tuple[int, ...] = FURTHER_SEEDS
     readout: str = "shift"
 
     def __post_init__(self) -> None:
@@ -162,11 +186,43 @@ class Screen:
         )
 
     @property
+    def tested(self) -> int:
+        """How many candidates the further seeds draw: the better half of those that the first seeds draw."""
+        return -(-min(self.keep, len(self.candidates)) // 2)
+
+    @property
+    def units(self) -> int:
+        """What a p-value flips the sign of: the cells where there are several, else the further seeds."""
+        return len(self.recipe.cell_ids) if len(self.recipe.cell_ids) > 1 else len(self.further_seeds)
+
+    def smallest_q(self, rows: int | None = None) -> float:
+        """The smallest q that one row alone can reach among ``rows`` tested ones, by default the most there can be.
+
+        Where several rows reach the smallest p together, each has that share of it.
+        """
+        return min(1.0, smallest_p(self.units) * (self.tested * len(READOUTS) if rows is None else rows))
+
+    def reach(self, rows: int | None = None) -> str:
+        """What this design can show at best, one sentence; ``rows`` as for :meth:`smallest_q`."""
+        rows = self.tested * len(READOUTS) if rows is None else rows
+        p = smallest_p(self.units)
+        least = f"With {self.units} {'cells' if len(self.recipe.cell_ids) > 1 else 'seeds'} no p is below {p:.2g}"
+        needed = math.floor(p * rows / FALSE_DISCOVERIES) + 1
+        if needed > rows:
+            more = "cells" if len(self.recipe.cell_ids) > 1 else "further seeds"
+            return f"{least}, so that no q can be below {FALSE_DISCOVERIES:g}: take more {more} to show anything."
+        if needed == 1:
+            return f"{least}, and one row alone among {rows} tested can reach q = {self.smallest_q(rows):.2g}."
+        return (
+            f"{least}: one row alone among {rows} tested cannot go below q = {self.smallest_q(rows):.2g}, and "
+            f"{needed} of them have to reach that p together for q < {FALSE_DISCOVERIES:g}."
+        )
+
+    @property
     def edited_pictures(self) -> int:
         """How many edited pictures the second stage draws."""
         n = min(self.keep, len(self.candidates))
-        kept = -(-n // 2)
-        return len(self.recipe.cell_ids) * (n * len(self.first_seeds) + kept * len(self.further_seeds))
+        return len(self.recipe.cell_ids) * (n * len(self.first_seeds) + self.tested * len(self.further_seeds))
 
     @property
     def pictures(self) -> int:
@@ -216,18 +272,28 @@ def knock_outs(cells: Cells, genes: Sequence[str] | None = None) -> tuple[Pertur
     return tuple(Perturbation((Edit(gene, "ko"),)) for gene in expressed)
 
 
-def signature_edits(genes: Sequence[str], dose: float = 1.0) -> tuple[Perturbation, ...]:
-    """Every signature of the library that acts on genes of the data, at one dose."""
-    from perturb.signatures import expand, load_library
+def signature_edits(
+    genes: Sequence[str], dose: float = 1.0, signatures: Sequence[Signature] | None = None
+) -> tuple[Perturbation, ...]:
+    """Every signature, by default of the library, that acts on genes of the data, at one dose; each set of edits once.
 
-    found = []
-    for signature in load_library():
+    Raises
+    ------
+    BadInput: a dose out of range.
+    """
+    from perturb.signatures import checked_dose, expand, load_library
+
+    found = {}
+    dose = checked_dose(dose)
+    for signature in load_library() if signatures is None else signatures:
         try:
             edits = expand(signature, genes, dose).perturbation.edits
         except BadInput:  # none of its genes is in these data
             continue
-        found.append(Perturbation((EditSet(signature.name, edits, dose),)))
-    return tuple(found)
+        if edits:
+            candidate = Perturbation((EditSet(signature.name, edits, dose),))
+            found[str(candidate)] = candidate
+    return tuple(found.values())
 
 
 def guess(
@@ -249,8 +315,9 @@ def guess(
     DataFrame, the largest first, one row per candidate: ``candidate``; ``shift`` (mean over cells of the Euclidean
     change of the expected root counts); ``shift_embedding``, ``shift_z_c``, ``shift_z_e`` (mean Euclidean change);
     ``density`` (cells/mm2) and ``fraction:<class>`` (expected changes); ``level`` (mean count of the edited genes);
-    ``p_matched``, ``q_matched``: ``(b + 1) / (n + 1)`` with ``b`` of the ``n`` candidates of nearest level moved at
-    least as far, and its Benjamini-Hochberg adjustment. NaN with fewer than 30 others.
+    ``p_matched``: ``(b + 1) / (n + 1)`` with ``b`` of the ``n`` other candidates that move at least as far once the
+    trend with level is taken out. It is a rank within the screen: over the candidates such ranks are spread evenly
+    whatever the edits do, so there is no q of them. NaN with fewer than 30 others.
 
     Raises
     ------
@@ -274,7 +341,6 @@ def guess(
     table = pd.DataFrame(rows)
     order = table[screen.readout].abs().to_numpy()
     table["p_matched"] = _matched_p(order, table["level"].to_numpy())
-    table["q_matched"] = bh_fdr(table["p_matched"].to_numpy())
     return table.iloc[np.argsort(-order, kind="stable")].reset_index(drop=True)
 
 
@@ -306,16 +372,35 @@ def _level(cells: Cells, columns: np.ndarray) -> float:
 
 
 def _matched_p(score: np.ndarray, level: np.ndarray) -> np.ndarray:
-    """Empirical p of each score among the ``MATCHED`` others of nearest level."""
-    p = np.full(len(score), np.nan)
-    if len(score) <= MATCHED:
-        return p
-    for i in range(len(score)):
-        gap = np.abs(np.log1p(level) - np.log1p(level[i]))
-        gap[i] = np.inf
-        others = np.argsort(gap, kind="stable")[:MATCHED]
-        p[i] = ((score[others] >= score[i]).sum() + 1) / (MATCHED + 1)
-    return p
+    """``(b + 1) / (n + 1)``: ``b`` of the ``n`` other candidates lie as far above the trend with level, or farther."""
+    n = len(score)
+    if n <= MATCHED:
+        return np.full(n, np.nan)
+    with np.errstate(divide="ignore"):
+        beyond = np.log(score) - _trend(score, level)  # -inf: nothing moved
+    rounded = np.round(beyond, 9)  # equal up to rounding counts as far
+    return (rounded[None] >= rounded[:, None]).sum(axis=1) / n
+
+
+def _trend(score: np.ndarray, level: np.ndarray) -> np.ndarray:
+    """Median of the log score by level: piecewise linear in log(1 + level) through groups of at least ``MATCHED``.
+
+    Candidates of equal level share a group. Scores of 0 have no logarithm and take no part.
+    """
+    x, moved = np.log1p(level), score > 0
+    if not moved.any():
+        return np.zeros(len(score))
+    groups: list[np.ndarray] = []
+    for value in np.unique(x[moved]):
+        same = np.flatnonzero(moved & (x == value))
+        if groups and len(groups[-1]) < MATCHED:
+            groups[-1] = np.concatenate([groups[-1], same])
+        else:
+            groups.append(same)
+    if len(groups) > 1 and len(groups[-1]) < MATCHED:
+        groups[-2:] = [np.concatenate(groups[-2:])]
+    centres = [float(x[group].mean()) for group in groups]
+    return np.interp(x, centres, [float(np.median(np.log(score[group]))) for group in groups])
 
 
 def agreement(result: ScreenResult, readout: str) -> tuple[float, int] | None:
@@ -341,7 +426,10 @@ def confirm(screen: Screen, ranked: pd.DataFrame, draw: Draw) -> Iterator[pd.Dat
     -------
     DataFrames with one row per drawn candidate and readout: ``candidate, readout, unit, first_effect`` (mean over the
     seeds that chose), ``effect, low, high, p, n`` (paired, over the further seeds; NaN for candidates that the first
-    seeds left out), ``q`` (Benjamini-Hochberg over all rows with a p), ``replicated`` (both sets agree in sign).
+    seeds left out; no p for a type that fewer than half of the pairs show), ``q`` (Benjamini-Hochberg over all rows
+    with a p), ``replicated`` (both sets agree in sign). Two descriptions of the candidate stand in each of its rows:
+    ``shift_image`` (mean absolute difference of optical density between the pictures of a pair, over the first seeds;
+    see :func:`image_shift`) and ``shift_embedding`` (of :func:`guess`).
     """
     leading = [screen.candidates[i] for i in _order(screen, ranked)[: screen.keep]]
     by_name = {str(candidate): candidate for candidate in leading}
@@ -352,13 +440,17 @@ def confirm(screen: Screen, ranked: pd.DataFrame, draw: Draw) -> Iterator[pd.Dat
         )
         for name, table in first.items()
     }
-    yield _confirmed(rows, {})
+    seen = ranked.set_index("candidate")["shift_embedding"]
+    moved = pd.DataFrame(
+        {name: (_image_shift(table), seen[name]) for name, table in first.items()}, index=[IMAGE_SHIFT, seen.name]
+    ).T
+    yield _confirmed(rows, {}, moved)
     best = sorted(rows, key=lambda name: -_strength(first[name], screen.readout))
-    kept = [by_name[name] for name in best[: -(-len(best) // 2)]]
+    kept = [by_name[name] for name in best[: screen.tested]]
     further: dict[str, pd.DataFrame] = {}
     for name, table in _drawn(screen, kept, screen.further_seeds, draw):
         further[name] = _effects(table, screen.recipe.encoder_seed)
-        yield _confirmed(rows, further)
+        yield _confirmed(rows, further, moved)
 
 
 def _order(screen: Screen, ranked: pd.DataFrame) -> list[int]:
@@ -389,8 +481,15 @@ def _effects(readouts: pd.DataFrame, seed: int) -> pd.DataFrame:
         if ":" in readout and not (np.nan_to_num(base).any() or np.nan_to_num(edited).any()):
             continue
         found = crossed_effect(base, edited, seed)
-        rows.append((readout, unit, found.value, found.low, found.high, found.p, found.n))
+        p = found.p if ":" not in readout or _seen(base, edited) >= SEEN else np.nan
+        rows.append((readout, unit, found.value, found.low, found.high, p, found.n))
     return pd.DataFrame(rows, columns=["readout", "unit", "effect", "low", "high", "p", "n"])
+
+
+def _seen(base: np.ndarray, edited: np.ndarray) -> float:
+    """Share of the defined pairs that show the type in either arm."""
+    defined = np.isfinite(base) & np.isfinite(edited)
+    return float(((base > 0) | (edited > 0))[defined].mean()) if defined.any() else 0.0
 
 
 def _strength(readouts: pd.DataFrame, readout: str) -> float:
@@ -406,7 +505,7 @@ def _strength(readouts: pd.DataFrame, readout: str) -> float:
     return float(max(strengths))
 
 
-def _confirmed(first: dict[str, pd.DataFrame], further: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def _confirmed(first: dict[str, pd.DataFrame], further: dict[str, pd.DataFrame], moved: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name, table in first.items():
         before = table.set_index("readout").to_dict("index")
@@ -419,7 +518,49 @@ def _confirmed(first: dict[str, pd.DataFrame], further: dict[str, pd.DataFrame])
     table["q"] = bh_fdr(table["p"].to_numpy())
     table["replicated"] = np.sign(table["first_effect"]) == np.sign(table["effect"])
     columns = ["candidate", "readout", "unit", "first_effect", "effect", "low", "high", "p", "q", "n", "replicated"]
+    for name in moved:
+        table[name] = moved[name].reindex(table["candidate"]).to_numpy()
+        columns.append(name)
     return table.sort_values(["q", "p"], kind="stable", na_position="last")[columns].reset_index(drop=True)
+
+
+def image_shift(base: np.ndarray, edited: np.ndarray) -> np.ndarray:
+    """How far pictures differ: mean over pixels of the absolute difference of optical density.
+
+    Optical density is the mean of ``-log10(intensity / 255)`` over the channels, as in
+    :func:`perturb.pictures.difference`; 0 for equal pictures, 0.3 where every pixel lets through half the light. It
+    counts nuclei that moved as fully as nuclei that came or went.
+
+    Parameters
+    ----------
+    base, edited: uint8 ``[picture, H, W, 3]``.
+
+    Returns
+    -------
+    ``[picture]``.
+    """
+    table = -np.log10(np.maximum(np.arange(256), 1) / 255.0)
+    return np.abs(table[edited].mean(axis=3) - table[base].mean(axis=3)).mean(axis=(1, 2))
+
+
+def drawn_readouts(result: Result) -> pd.DataFrame:
+    """The readouts of a comparison and, as further rows of the edited arm, each pair's :func:`image_shift`."""
+    recipe = result.recipe
+    shift = pd.DataFrame(
+        {
+            "arm": "edited",
+            "cell_id": np.repeat(recipe.cell_ids, len(recipe.seeds)),
+            "seed": np.tile(recipe.seeds, len(recipe.cell_ids)),
+            "readout": IMAGE_SHIFT,
+            "unit": "optical density",
+            "value": image_shift(result.base_arm.images, result.edited_arm.images),
+        }
+    )
+    return pd.concat([result.readouts, shift], ignore_index=True)
+
+
+def _image_shift(readouts: pd.DataFrame) -> float:
+    return float(readouts.loc[readouts["readout"] == IMAGE_SHIFT, "value"].mean())
 
 
 def run_screen(
@@ -442,6 +583,8 @@ def run_screen(
     ------
     BadInput: as :func:`perturb.run.run`. ge2hist_core.sampler.Stopped: cancelled; :func:`load_screen` has the part.
     """
+    from ge2hist_core.sampler import Stopped
+
     total = screen.edited_pictures
 
     def ranking(progress: Progress) -> None:
@@ -461,12 +604,14 @@ def run_screen(
                     text = f"Drawing {recipe.perturbation}"
                     on_progress(Progress(min(1.0, 0.1 + 0.9 * now / total), text[:80], progress.preview))
 
-            yield run(recipe, model, cells, cache=cache, on_progress=report, cancel=cancel).readouts
+            yield drawn_readouts(run(recipe, model, cells, cache=cache, on_progress=report, cancel=cancel))
             done += len(recipe.seeds) * len(recipe.cell_ids)
 
     result = ScreenResult(screen.hash, ranked, pd.DataFrame(), complete=False)
     _store(result, cache)
     for table in confirm(screen, ranked, draw or here):
+        if cancel is not None and cancel.is_set():
+            raise Stopped
         result = replace(result, confirmed=table)
         _store(result, cache)
     result = replace(result, complete=True)
@@ -492,48 +637,123 @@ def load_screen(screen_hash: str, cache: DiskCache) -> ScreenResult | None:
 # --- on a cluster ---------------------------------------------------------------------------------------------------
 
 
+Stamp = tuple[tuple[str, int, int], ...]
+"""Path, size and time of change (ns) of each file."""
+
+
+def _stamp(path: str) -> Stamp:
+    root = Path(path)
+    files = sorted(one for one in root.rglob("*") if one.is_file()) if root.is_dir() else [root]
+    return tuple((str(one), one.stat().st_size, one.stat().st_mtime_ns) for one in files)
+
+
 @lru_cache(maxsize=1)
-def _opened(bundle: str, cells: str, matrix: str | None, gene_column: str | None) -> tuple[Any, Any]:
-    from ge2hist_core.data import open_h5ad
+def _loaded(bundle: str, _: Stamp) -> GE2Hist:
     from ge2hist_core.model import GE2Hist
 
-    model = GE2Hist.load(bundle)
+    return GE2Hist.load(bundle)
+
+
+@lru_cache(maxsize=1)
+def _opened(bundle: str, cells: str, matrix: str | None, gene_column: str | None, stamps: tuple[Stamp, Stamp]) -> Any:
+    """Model and source; opened again when a file behind either has another size or time of change."""
+    from ge2hist_core.data import open_h5ad
+
+    model = _loaded(bundle, stamps[0])
     return model, open_h5ad(cells, model.scgpt.vocab, matrix=matrix, gene_column=gene_column)
 
 
-def draw_one(recipe_json: str, bundle: str, cells: str) -> pd.DataFrame:
-    """Readouts of one recipe, in a worker process that finds bundle and cells at these paths."""
+@lru_cache(maxsize=1)
+def _own_folder() -> str:
+    """A temporary folder of this process, gone when it ends."""
+    folder = tempfile.mkdtemp(prefix="ge2hist-screen-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def draw_one(recipe_json: str, bundle: str, cells: str, cache: str | None = None) -> pd.DataFrame:
+    """:func:`drawn_readouts` of one recipe, in a worker process that finds bundle and cells at these paths.
+
+    Parameters
+    ----------
+    cache: folder that keeps drawn arms, by default a temporary one of the process: the unedited arm is drawn once.
+
+    Raises
+    ------
+    BadInput: as :func:`perturb.run.run`; a data file that is not the recipe's.
+    """
+    from perturb.cache import DiskCache
     from perturb.run import cells_for
 
     recipe = Recipe.from_json(recipe_json)
-    model, source = _opened(bundle, cells, recipe.matrix, recipe.gene_column)
-    return run(recipe, model, cells_for(source, recipe.cell_ids)).readouts
+    try:
+        stamps = (_stamp(bundle), _stamp(cells))
+    except OSError as error:
+        raise BadInput(f"A worker cannot read {error.filename}: give bundle and cells by paths that it sees.") from None
+    model, source = _opened(bundle, cells, recipe.matrix, recipe.gene_column, stamps)
+    if source.sha256 != recipe.data_sha256:
+        raise BadInput(
+            f"The recipe was made with data {recipe.data_sha256[:12]}, but {cells} is {source.sha256[:12]} for a "
+            "worker: give all of them the same file."
+        )
+    kept = DiskCache(_own_folder() if cache is None else cache)
+    return drawn_readouts(run(recipe, model, cells_for(source, recipe.cell_ids), cache=kept))
 
 
-def on_cluster(client: Any, bundle: str, cells: str) -> Draw:
-    """Recipes drawn by the workers of a ``dask.distributed`` client; a worker that dies has its recipe drawn again."""
+def on_cluster(client: Any, bundle: str, cells: str, cache: DiskCache) -> Draw:
+    """Recipes drawn by the workers of a ``dask.distributed`` client; a worker that dies has its recipe drawn again.
+
+    Parameters
+    ----------
+    bundle, cells: paths as the workers see them.
+    cache: of this process. Readouts are kept in it in the order in which they arrive, and looked up before a recipe
+        is sent out: a screen whose driver was killed goes on from there.
+    """
+    from distributed import as_completed
+
+    def key(recipe: Recipe) -> str:
+        return hashlib.sha256(f"drawn readouts {recipe.hash}".encode()).hexdigest()
 
     def draw(recipes: Sequence[Recipe]) -> Iterator[pd.DataFrame]:
-        futures = client.map(draw_one, [r.to_json() for r in recipes], bundle=bundle, cells=cells, retries=3)
-        for future in futures:
-            yield future.result()
+        found = {i: unpack_table(kept) for i, one in enumerate(recipes) if (kept := cache.load_json(key(one)))}
+        open_ones = [i for i in range(len(recipes)) if i not in found]
+        texts = [recipes[i].to_json() for i in open_ones]
+        futures = client.map(draw_one, texts, bundle=bundle, cells=cells, retries=3, pure=False) if texts else []
+        place = dict(zip((future.key for future in futures), open_ones, strict=True))
+        arriving = iter(as_completed(futures)) if futures else iter(())
+        for i in range(len(recipes)):
+            while i not in found:
+                future = next(arriving)
+                found[place[future.key]] = future.result()
+                cache.store_json(key(recipes[place[future.key]]), pack_table(found[place[future.key]]))
+            yield found.pop(i)
 
     return draw
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``python -m perturb screen``."""
+    sample = SampleConfig()
     parser.add_argument("--cell", action="append", required=True, help="cell id; may be given several times")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--genes", help="comma-separated genes to knock out (default: all that the cells express)")
     what.add_argument("--signatures", action="store_true", help="screen the library of drug signatures instead")
+    what.add_argument("--signature-file", help="screen the signatures of a GMT, CSV, TSV, GCT, GCTX or h5ad instead")
     parser.add_argument("--dose", type=float, default=1.0, help="of the signatures")
     parser.add_argument("--edit", default="", help="edits made before each candidate")
     parser.add_argument("--keep", type=int, default=20, help="candidates to draw")
     parser.add_argument("--readout", default="shift", help="rank by shift, density or fraction:TYPE")
+    parser.add_argument("--seeds-first", default=_print_seeds(FIRST_SEEDS), help="choose the better half")
+    parser.add_argument("--seeds-further", default=_print_seeds(FURTHER_SEEDS), help="give effects and p-values")
+    parser.add_argument("--solver", default=sample.solver, help="ddpm, ddim or dpm++")
+    parser.add_argument("--steps", type=int, default=sample.steps)
+    parser.add_argument("--guidance", type=float, default=sample.guidance)
+    parser.add_argument("--encoder-seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="folder for report and tables")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
     parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="h5ad with raw counts")
+    parser.add_argument("--matrix", metavar="NAME", help="X, raw.X or a layer (default: raw counts that are found)")
+    parser.add_argument("--gene-column", metavar="NAME", help="column of var, or index (default: best match)")
     parser.add_argument("--cache", help="folder in which finished work is kept and looked up")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="of a dask.distributed cluster that sees the same files")
 
@@ -543,43 +763,66 @@ def main(args: argparse.Namespace) -> None:
 
     Raises
     ------
-    BadInput: a bundle, data file, gene or scheduler that cannot be used.
+    BadInput: a bundle, data or signature file, gene or scheduler that cannot be used.
     """
-    import tempfile
-    from pathlib import Path
-
     from ge2hist_core.data import open_h5ad
     from ge2hist_core.model import GE2Hist
     from perturb.cache import DiskCache
     from perturb.run import cells_for, print_progress
-    from perturb.screen_report import write_report
+    from perturb.screen_report import headline, write_report
     from perturb.wording import Origin
 
+    sample = SampleConfig(args.solver, args.steps, args.guidance)
+    first, further = _parse_seeds(args.seeds_first), _parse_seeds(args.seeds_further)
     model = GE2Hist.load(args.bundle)
-    with open_h5ad(args.cells, model.scgpt.vocab) as source:
+    with open_h5ad(args.cells, model.scgpt.vocab, matrix=args.matrix, gene_column=args.gene_column) as source:
         cells = cells_for(source, args.cell)
-        recipe = Recipe(source.sha256, model.sha256, tuple(args.cell), Perturbation.parse(args.edit))
-    chosen = cells.take(slice(len(args.cell)))
-    candidates = (
-        signature_edits(list(cells.genes), args.dose)
-        if args.signatures
-        else knock_outs(chosen, None if args.genes is None else [gene.strip() for gene in args.genes.split(",")])
-    )
-    screen = Screen(recipe, candidates, keep=args.keep, readout=args.readout)
+        recipe = Recipe(
+            data_sha256=source.sha256,
+            model_sha256=model.sha256,
+            cell_ids=tuple(args.cell),
+            perturbation=Perturbation.parse(args.edit),
+            sample=sample,
+            seeds=(0,),
+            encoder_seed=args.encoder_seed,
+            matrix=args.matrix,
+            gene_column=args.gene_column,
+        )
+    candidates = _candidates(args, cells)
+    screen = Screen(recipe, candidates, keep=args.keep, first_seeds=first, further_seeds=further, readout=args.readout)
     print(f"{len(candidates)} candidates; {min(args.keep, len(candidates))} of them drawn, {screen.pictures} pictures")
-    draw = None
-    if args.scheduler:
-        from distributed import Client
-
-        try:
-            client = Client(args.scheduler, timeout=20)
-        except (OSError, ValueError, TimeoutError) as error:
-            raise BadInput(
-                f"--scheduler {args.scheduler} does not answer ({error}): start it, or leave it out."
-            ) from None
-        draw = on_cluster(client, str(Path(args.bundle).resolve()), str(Path(args.cells).resolve()))
-    with tempfile.TemporaryDirectory() as folder:
-        cache = DiskCache(args.cache or folder)
+    print(screen.reach())
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        cache, draw = DiskCache(args.cache or folder), None
+        if args.scheduler:
+            client = stack.enter_context(_client(args.scheduler))
+            draw = on_cluster(client, str(Path(args.bundle).resolve()), str(Path(args.cells).resolve()), cache)
         result = run_screen(screen, model, cells, cache, draw=draw, on_progress=print_progress())
+    print(headline(result, screen))
     for path in write_report(screen, result, Origin.of_model(model, cells), args.out):
         print(path)
+
+
+def _client(address: str) -> Any:
+    from distributed import Client
+
+    try:
+        return Client(address, timeout=20)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise BadInput(f"--scheduler {address} does not answer ({error}): start it, or leave it out.") from None
+
+
+def _candidates(args: argparse.Namespace, cells: Cells) -> tuple[Perturbation, ...]:
+    """What the options ask for."""
+    from perturb.signature_files import read_signatures
+
+    genes = list(cells.genes)
+    if args.signature_file is not None:
+        found = signature_edits(genes, args.dose, read_signatures(args.signature_file))
+        if not found:
+            raise BadInput(f"No signature of {args.signature_file} has a gene in these data: give another file.")
+        return found
+    if args.signatures:
+        return signature_edits(genes, args.dose)
+    wanted = None if args.genes is None else [gene.strip() for gene in args.genes.split(",")]
+    return knock_outs(cells.take(slice(len(args.cell))), wanted)

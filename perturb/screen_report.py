@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from perturb import charts, wording
 from perturb.edits import Perturbation
 from perturb.page import Table, csv_bytes, for_people, json_bytes, json_lines, readme, render, write_files, zip_of
-from perturb.screen import MATCHED, Screen, ScreenResult
+from perturb.screen import FALSE_DISCOVERIES, MATCHED, SEEN, Screen, ScreenResult
 from perturb.tables import LEVEL
 from perturb.wording import NOTICE, Origin
 
@@ -31,7 +31,7 @@ NAMED = 8
 
 CAUTIONS = (
     "The ranking guesses from a network that has seen no picture: a candidate far down may still change the pictures.",
-    "The null of the ranking is made of this screen's own candidates: where most move the niche, few stand out.",
+    "The ranking sets each candidate beside this screen's others: one of them always leads, whether it matters or not.",
     *wording.CAUTIONS,
 )
 
@@ -40,17 +40,16 @@ FILES = {
     "report.pdf": "the same for print and mail",
     "screen.json": "all that decides the screen: cells, candidates, sampler, seeds",
     "provenance.json": "versions and hashes that the numbers were made with",
-    "guess.csv": "every candidate, ranked without drawing, with the matched null",
+    "guess.csv": "every candidate, ranked without drawing, with its rank against the trend with expression",
     "confirmed.csv": "every drawn candidate and readout: paired effect with interval, p and q, replication",
 }
 
 
 def html(screen: Screen, result: ScreenResult, origin: Origin) -> str:
     """The report as one page."""
-    recipe, several = screen.recipe, len(screen.recipe.cell_ids) > 1
+    recipe, several, units = screen.recipe, len(screen.recipe.cell_ids) > 1, screen.units
     confirmed, untested, hits = hits_first(result)
     n_drawn = result.confirmed["candidate"].nunique() if len(result.confirmed) else 0
-    units = len(recipe.cell_ids) if several else len(screen.further_seeds)
     shown = max(LEADING, n_drawn)
     guess = labelled(result.guess)
     moved = [(readout, rows) for readout, rows in _by_readout(confirmed) if (rows["p"] < 1).any()]
@@ -65,11 +64,11 @@ def html(screen: Screen, result: ScreenResult, origin: Origin) -> str:
         warnings=() if result.complete else ("This is a part: the screen was cancelled or is not finished.",),
         cautions=CAUTIONS,
         method=wording.screen_method(screen, result, origin),
-        references=wording.references(recipe),
+        references=wording.references(recipe, screen=True),
         licences=wording.licences(recipe, screen.candidates),
         provenance=wording.screen_facts(screen, origin),
         card=origin.model_card,
-        headline=headline(result),
+        headline=headline(result, screen),
         level=f"{100 * LEVEL:g} %",
         n_candidates=f"{len(screen.candidates):,}",
         n_drawn=n_drawn,
@@ -80,13 +79,14 @@ def html(screen: Screen, result: ScreenResult, origin: Origin) -> str:
         hits=hits,
         untested=Table.of(
             _for_people(untested).drop(columns=["difference", "95 % interval", "p", "q", "n", "replicated"]),
-            "Drawn with the first seeds alone",
+            "Drawn, without a p-value",
         ),
         first_seeds=len(screen.first_seeds),
         further_seeds=len(screen.further_seeds),
         several=several,
         n_units=units,
-        smallest_p=f"{wording.smallest_p(units):.2g}",
+        reach=screen.reach(len(confirmed) or None),
+        seen=f"{100 * SEEN:g} %",
         matched=MATCHED,
         null_note="" if len(result.guess) > MATCHED else f"; undefined here, with {len(result.guess)} candidates",
         leading=Table.of(_brief(guess.head(shown)), "The leading candidates, the largest guessed change first"),
@@ -136,7 +136,8 @@ def write_report(screen: Screen, result: ScreenResult, origin: Origin, out_dir: 
 def hits_first(result: ScreenResult) -> tuple[pd.DataFrame, pd.DataFrame, int]:
     """Rows with a p-value, hits first; drawn rows without one; how many hits there are.
 
-    A hit has q < 0.05 and the same sign in both sets of seeds.
+    A hit has q < 0.05 and the same sign in both sets of seeds. A drawn row has no p-value where the first seeds left
+    its candidate out, or where it is the share of a type that too few pictures show.
     """
     table = result.confirmed
     if not len(table):
@@ -144,21 +145,23 @@ def hits_first(result: ScreenResult) -> tuple[pd.DataFrame, pd.DataFrame, int]:
         table = pd.DataFrame(columns=columns).astype(dict.fromkeys(columns[3:], float))
     has_p = table["p"].notna()
     rows, others = table[has_p], table[~has_p]
-    hit = ((rows["q"] < 0.05) & rows["replicated"].astype(bool)).to_numpy()
+    hit = ((rows["q"] < FALSE_DISCOVERIES) & rows["replicated"].astype(bool)).to_numpy()
     ordered = rows.iloc[np.argsort(~hit, kind="stable")].reset_index(drop=True)
     return labelled(ordered), labelled(others), int(hit.sum())
 
 
-def headline(result: ScreenResult) -> str:
-    """What was found, in a sentence or two."""
+def headline(result: ScreenResult, screen: Screen | None = None) -> str:
+    """What was found, in a sentence or two; where nothing was, also what the design could have shown."""
     rows, _, hits = hits_first(result)
     if not len(rows):
         return "No candidate has been tested yet."
     n = rows["candidate"].nunique()
     if not hits:
-        return (
-            f"None of the {n} tested candidates moves a readout with q < 0.05 and the same sign in both sets of seeds."
+        nothing = (
+            f"None of the {n} tested candidates could be shown to move a readout (q < 0.05 and the same sign in both "
+            "sets of seeds)."
         )
+        return nothing if screen is None else f"{nothing} {screen.reach(len(rows))}"
     found = list(dict.fromkeys(rows["candidate"][:hits]))
     names = "; ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
     first = for_people(rows.head(1)).iloc[0]

@@ -64,6 +64,7 @@ REFERENCES = {
     "crossed": "Owen 2007, doi:10.1214/07-AOAS122",
     "p": "Phipson and Smyth 2010, doi:10.2202/1544-6115.1585",
     "q": "Benjamini and Hochberg 1995, doi:10.1111/j.2517-6161.1995.tb02031.x",
+    "filter": "Bourgon et al. 2010, doi:10.1073/pnas.0914005107",
 }
 
 SOURCES = Path(__file__).parents[1] / "assets" / "SOURCES.md"
@@ -316,9 +317,10 @@ def screen_method(screen: Screen, result: ScreenResult, origin: Origin) -> str:
         f"{_count(n, _kind(screen))} were compared, each by itself in the raw counts of {_cells(recipe.cell_ids)} "
         f"({origin.source}, SHA-256 {recipe.data_sha256}){own}. {scope}First, every candidate was embedded and "
         "encoded, and the model's niche network gave the neighbours that it expects; candidates were ranked by "
-        f"{ranked}, averaged over cells, without drawing. The matched null compares each candidate with the {MATCHED} "
-        "others of nearest mean count, p = (b + 1) / (n + 1) with b of them moved at least as far, adjusted over all "
-        f"candidates. Second, the leading {drawn} were drawn beside the unedited niche. {_drawing(recipe, origin)} "
+        f"{ranked}, averaged over cells, without drawing. Beside it stands each candidate's rank among all others, "
+        "p matched = (b + 1) / (n + 1) with b of the n others moved at least as far once the trend with mean count "
+        f"(median of the log change through groups of at least {MATCHED} candidates) is taken out; it is no test. "
+        f"Second, the leading {drawn} were drawn beside the unedited niche. {_drawing(recipe, origin)} "
         f"Both arms shared all noise of a seed. {_reading()} Noise seeds {seeds_in_words(screen.first_seeds)} chose "
         "the better half, by the largest paired difference in standard errors; effects, intervals and p-values come "
         f"from the further seeds {seeds_in_words(screen.further_seeds)} alone, which took no part in the choice. "
@@ -327,7 +329,9 @@ def screen_method(screen: Screen, result: ScreenResult, origin: Origin) -> str:
         "sign-flip p-values under the null hypothesis of differences symmetric about zero "
         f"({units} {'cells' if several else 'seeds'}, smallest possible p "
         f"{smallest_p(units):.2g}; Phipson and Smyth 2010), adjusted over all {tested} tested "
-        "pairs of candidate and readout (Benjamini and Hochberg 1995). An effect is called replicated if both sets of "
+        "pairs of candidate and readout (Benjamini and Hochberg 1995). Shares of types that "
+        "fewer than half of the picture pairs show in either arm were not tested (independent filtering, Bourgon et "
+        "al. 2010). An effect is called replicated if both sets of "
         f"seeds agree in its sign. {_made_with(recipe, origin)} Screen SHA-256 {screen.hash}. All pictures are "
         "generated; intervals and p-values speak of this model's answer, not of donors or repeated experiments."
     )
@@ -363,10 +367,10 @@ def _made_with(recipe: Recipe, origin: Origin) -> str:
     )
 
 
-def references(recipe: Recipe) -> list[str]:
+def references(recipe: Recipe, screen: bool = False) -> list[str]:
     """Works that the method paragraph cites, in its order."""
     names = ["GE2Hist", "scGPT", recipe.sample.solver, "bootstrap"]
-    names += ["crossed"] * (len(recipe.cell_ids) > 1) + ["p", "q"]
+    names += ["crossed"] * (len(recipe.cell_ids) > 1) + ["p", "q"] + ["filter"] * screen
     return [REFERENCES[name] for name in names]
 
 

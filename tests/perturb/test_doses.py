@@ -15,11 +15,12 @@ from ge2hist_core.types import BadInput, Cells
 from perturb import charts
 from perturb.__main__ import COMMANDS
 from perturb.cache import DiskCache
-from perturb.doses import at_dose, dose_series, load_doses, respond, run_doses
-from perturb.edits import Perturbation
+from perturb.doses import COLUMNS, at_dose, at_every_dose, comes_from, dose_series, load_doses, respond, run_doses
+from perturb.edits import Edit, EditSet, Perturbation
 from perturb.recipe import Recipe
 from perturb.run import run
-from perturb.signatures import Signature
+from perturb.signatures import Signature, expand
+from perturb.tables import statistics
 
 TOY = Signature("toy", ("GAPDH", "ACTB"), (1.0, -1.0))
 
@@ -35,6 +36,56 @@ def test_the_signature_takes_its_place_among_the_edits(tiny_bundle, demo_cells: 
     between = make(tiny_bundle, "CD8A:set=3,toy@1(GAPDH:x2),CD4:ko")
     assert str(at_dose(between, TOY, genes, -1.0).perturbation) == "CD8A:set=3,toy@-1(GAPDH:x0.5;ACTB:x2),CD4:ko"
     assert str(at_dose(between, TOY, genes, 0.0).perturbation) == "CD8A:set=3,CD4:ko"
+    knocked_out = make(tiny_bundle, "toy(GAPDH:ko)")
+    assert str(at_dose(knocked_out, TOY, genes, 1.0).perturbation) == "toy(GAPDH:ko),toy@1(GAPDH:x2;ACTB:x0.5)"
+
+
+def test_a_set_comes_from_a_signature_only_with_its_dose_and_exactly_its_edits(demo_cells: Cells) -> None:
+    genes = list(demo_cells.genes)
+    part = EditSet("toy", expand(TOY, genes, 1.5).perturbation.edits, 1.5)
+    assert comes_from(part, TOY, genes) and comes_from(EditSet.parse(str(part)), TOY, genes)
+    assert not comes_from(part, Signature("toy", ("GAPDH", "ACTB"), (1.0, -0.5)), genes)
+    assert not comes_from(part, Signature("toy", ("GAPDH", "KRT8"), (1.0, -1.0)), genes)
+    assert not comes_from(part, Signature("toy", ("NOSUCHGENE",), (1.0,)), genes)
+    assert not comes_from(part, Signature("other", TOY.genes, TOY.log2_fc), genes)
+    assert not comes_from(EditSet("toy", part.edits, 1.0), TOY, genes)
+    assert not comes_from(EditSet("toy", part.edits), TOY, genes)
+    assert not comes_from(EditSet("toy", (Edit("GAPDH", "ko"), Edit("ACTB", "ko"))), TOY, genes)
+    assert comes_from(EditSet("toy", (Edit("GAPDH", "factor", 1.0),), 0.0), TOY, genes)
+    assert not comes_from(EditSet("toy", (Edit("KRT8", "factor", 1.0),), 0.0), TOY, genes)
+
+
+def pictures(recipe: Recipe, edited: list[float]) -> pd.DataFrame:
+    """Readouts of pictures whose edited arm shows a type in these shares, and whose unedited arm does not."""
+    rows = [
+        (arm, "cell-3", seed, readout, unit, value)
+        for arm in ("base", "edited")
+        for seed in recipe.seeds
+        for readout, unit, value in (
+            ("density", "cells/mm²", 100.0 + seed),
+            ("fraction:Plasma cell", "fraction", edited[seed] if arm == "edited" else 0.0),
+            ("fraction:Lymphocyte", "fraction", 0.0),
+        )
+    ]
+    return pd.DataFrame(rows, columns=["arm", "cell_id", "seed", "readout", "unit", "value"])
+
+
+def test_a_type_that_only_the_largest_dose_shows_is_zero_at_the_others(tiny_bundle) -> None:
+    recipe, doses = make(tiny_bundle, ""), (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+    readouts = [pictures(recipe, [0.2, 0.4] if dose == 4 else [0.0, 0.0]) for dose in doses]
+    readouts[1].loc[readouts[1]["seed"] == 1, "value"] = np.nan  # pictures without a nucleus
+    tables = [statistics(recipe, one)[1].assign(dose=dose) for dose, one in zip(doses, readouts, strict=True)]
+    assert ["fraction:Plasma cell" in set(one["readout"]) for one in tables] == [False] * 6 + [True]
+    table = at_every_dose(tables, readouts, 0)
+    assert list(table.columns) == list(COLUMNS) and "fraction:Lymphocyte" not in set(table["readout"])
+    rows = table[table["readout"] == "fraction:Plasma cell"].set_index("dose")
+    assert tuple(rows.index) == doses and rows["n"].tolist() == [2, 1, 2, 2, 2, 2, 2]
+    assert (rows.loc[[0.0, 0.25, 2.0], ["base", "edited", "effect", "low", "high"]] == 0.0).all(axis=None)
+    assert rows.at[4.0, "effect"] == pytest.approx(0.3) and (rows["unit"] == "fraction").all()
+    found = respond(table, "fraction:Plasma cell")
+    assert not found.plateau and found.hill is None and "1 doses lie beyond the noise of dose 0" in found.reason
+    seen_late = table[(table["readout"] != "fraction:Plasma cell") | (table["dose"] == 4)]
+    assert "no value at dose 0" in respond(seen_late, "fraction:Plasma cell").reason
 
 
 def test_seven_doses_double_up_and_share_the_unedited_arm(tiny_bundle, demo_cells: Cells, tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
-"""A screen is its recipes drawn one by one; its null and its choice are checked against counting by hand."""
+"""A screen is its recipes drawn one by one; its ranks and its choice are checked against counting by hand."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 from ge2hist_core.__main__ import run_command
 from ge2hist_core.config import SampleConfig
 from ge2hist_core.data import write_cells
+from ge2hist_core.files import sha256_file
 from ge2hist_core.sampler import Stopped
 from ge2hist_core.types import BadInput, Cells
 from perturb.__main__ import COMMANDS
@@ -22,11 +26,16 @@ from perturb.recipe import Recipe
 from perturb.run import Progress, run
 from perturb.screen import (
     MATCHED,
+    READOUTS,
     Screen,
+    _effects,
     _matched_p,
+    draw_one,
     guess,
+    image_shift,
     knock_outs,
     load_screen,
+    on_cluster,
     run_screen,
     signature_edits,
 )
@@ -105,15 +114,73 @@ def test_the_leading_half_is_confirmed_with_seeds_that_chose_nothing(finished, t
     assert (tested["replicated"] == agree).all()
 
 
-def test_the_matched_null_counts_the_nearest_in_level() -> None:
+def test_the_rank_counts_all_others_once_the_trend_with_expression_is_out() -> None:
     draws = np.random.default_rng(0)
-    score, level = draws.random(80), draws.gamma(1.0, 3.0, 80)
+    level = np.repeat([1.0, 2.0, 8.0], [60, 50, 40])
+    noise = 0.15 * draws.random(150)
+    score = np.log1p(level) ** 3 * np.exp(noise)
+    score[3] *= 1.5
+    assert (score[110:] > score[3]).all()  # by itself the outlier is smaller than every candidate of high expression
     p = _matched_p(score, level)
-    for i in (0, 41, 79):
-        others = sorted((j for j in range(80) if j != i), key=lambda j: abs(np.log1p(level[j]) - np.log1p(level[i])))
-        b = sum(score[j] >= score[i] for j in others[:MATCHED])
-        assert p[i] == pytest.approx((b + 1) / (MATCHED + 1))
+    assert p[3] == pytest.approx(1 / 150) and sorted(p) == pytest.approx(np.arange(1, 151) / 150)
+    beyond = np.log(score)
+    for value in (1.0, 2.0, 8.0):
+        beyond[level == value] -= np.median(beyond[level == value])
+    for i in (0, 70, 149):
+        assert p[i] == pytest.approx((sum(beyond[j] >= beyond[i] - 1e-9 for j in range(150) if j != i) + 1) / 150)
+    assert _matched_p(7.0 * score, level) == pytest.approx(p)
+    score[5] = 0.0
+    assert _matched_p(score, level)[5] == 1.0
     assert np.isnan(_matched_p(score[:MATCHED], level[:MATCHED])).all()
+
+
+def test_one_row_alone_can_be_a_hit_in_the_default_design(tiny_bundle, demo_cells: Cells) -> None:
+    screen = Screen(make(tiny_bundle, demo_cells).recipe, knock_outs(demo_cells.take([3]))[:40])
+    assert screen.pictures == 20 * 4 + 10 * 12 + 16 and screen.tested == 10
+    assert screen.smallest_q() == pytest.approx(10 * len(READOUTS) * 2 / 2**12) and screen.smallest_q() < 0.05
+    assert "one row alone among 100 tested can reach q = 0.049" in screen.reach()
+    eleven = replace(screen, further_seeds=tuple(range(4, 15)))
+    assert eleven.smallest_q() > 0.05 and "2 of them have to reach that p together" in eleven.reach()
+    assert "no q can be below 0.05" in replace(screen, further_seeds=(4, 5, 6)).reach()
+    few = replace(screen.recipe, cell_ids=("cell-3", "cell-4"))
+    assert replace(screen, recipe=few).reach().startswith("With 2 cells no p is below 0.5, so that no q can")
+
+
+@pytest.mark.parametrize(("shown", "tested"), [(5, False), (6, True)])
+def test_a_rare_type_has_an_effect_but_no_test_whichever_arm_shows_it(shown: int, tested: bool) -> None:
+    values = np.where(np.arange(12) < shown, 0.1, 0.0)
+    for rare in ("base", "edited"):
+        rows = [
+            (arm, "c", seed, readout, "u", values[seed] if readout == READOUTS[-1] and arm == rare else float(seed))
+            for readout in READOUTS
+            for arm in ("base", "edited")
+            for seed in range(12)
+            if readout != READOUTS[-1] or arm == rare
+        ]
+        other = "edited" if rare == "base" else "base"
+        rows += [(other, "c", seed, READOUTS[-1], "u", 0.0) for seed in range(12)]
+        table = _effects(pd.DataFrame(rows, columns=["arm", "cell_id", "seed", "readout", "unit", "value"]), 0)
+        found = table.set_index("readout").loc[READOUTS[-1]]
+        assert abs(found["effect"]) == pytest.approx(shown / 120) and np.isfinite(found["p"]) == tested
+
+
+def test_the_image_shift_is_the_mean_absolute_difference_of_optical_density(
+    finished, tiny_bundle, demo_cells: Cells
+) -> None:
+    light = np.full((1, 4, 4, 3), 200, np.uint8)
+    assert image_shift(light, light).tolist() == [0.0]
+    assert image_shift(light, light // 2) == pytest.approx(np.log10(2))
+    screen, result, _ = finished
+    for name in result.confirmed["candidate"].unique():
+        candidate = next(c for c in screen.candidates if str(c) == name)
+        alone = run(screen.edited(candidate, screen.first_seeds), tiny_bundle, demo_cells)
+        density = [
+            -np.log10(np.maximum(arm.images, 1) / 255.0).mean(axis=3) for arm in (alone.base_arm, alone.edited_arm)
+        ]
+        rows = result.confirmed[result.confirmed["candidate"] == name]
+        assert rows["shift_image"].to_numpy() == pytest.approx(np.abs(density[1] - density[0]).mean())
+        guessed = result.guess.set_index("candidate").at[name, "shift_embedding"]
+        assert (rows["shift_embedding"] == guessed).all()
 
 
 def test_a_cancelled_screen_keeps_its_part_and_goes_on(
@@ -172,6 +239,7 @@ def test_what_cannot_be_screened_is_refused(tiny_bundle, demo_cells: Cells, chan
 def files(tiny_folder: Path, demo_cells: Cells, tmp_path: Path) -> list[str]:
     write_cells(demo_cells, tmp_path / "cells.h5ad")
     command = ["screen", "--cell", "cell-3", "--bundle", str(tiny_folder), "--cells", str(tmp_path / "cells.h5ad")]
+    command += ["--seeds-first", "0,1", "--seeds-further", "2-5", "--steps", "4"]
     return [*command, "--genes", "GAPDH,ACTB,CD8A,KRT8,EPCAM,STAT1", "--keep", "2"]
 
 
@@ -179,11 +247,76 @@ def test_the_command_writes_both_tables(files: list[str], tmp_path: Path, capsys
     assert run_command("perturb", "", COMMANDS, [*files, "--out", str(tmp_path / "out")]) == 0
     table = pd.read_csv(tmp_path / "out" / "confirmed.csv")
     assert table["candidate"].nunique() == 2 and table["p"].notna().any()
-    assert "candidates; 2 of them drawn" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "candidates; 2 of them drawn" in said and "With 4 seeds no p is below 0.12" in said
+    assert "None of the 1 tested candidates could be shown to move a readout" in said
     assert (
         run_command("perturb", "", COMMANDS, [*files, "--out", str(tmp_path), "--scheduler", "tcp://127.0.0.1:9"]) == 2
     )
     assert "does not answer" in capsys.readouterr().err
+
+
+def test_the_command_screens_the_signatures_of_a_file_with_the_given_sampler(
+    files: list[str], tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "mine.gmt").write_text("A_UP\tx\tGAPDH\nA_DN\tx\tACTB\nB_UP\tx\tKRT8\nB_DN\tx\tNOSUCHGENE\n")
+    command = [*files[: files.index("--genes")], "--signature-file", str(tmp_path / "mine.gmt"), "--dose", "2"]
+    command += ["--solver", "ddim", "--guidance", "1.5", "--encoder-seed", "3", "--gene-column", "index"]
+    assert run_command("perturb", "", COMMANDS, [*command, "--matrix", "X", "--out", str(tmp_path / "out")]) == 0
+    screen = Screen.from_dict(json.loads((tmp_path / "out" / "screen.json").read_text()))
+    assert [str(one) for one in screen.candidates] == ["A@2(GAPDH:x4;ACTB:x0.25)", "B@2(KRT8:x4)"]
+    recipe = screen.recipe
+    assert recipe.sample == SampleConfig("ddim", 4, 1.5) and (screen.first_seeds, screen.further_seeds[-1]) == (
+        (0, 1),
+        5,
+    )
+    assert (recipe.encoder_seed, recipe.matrix, recipe.gene_column) == (3, "X", "index")
+    capsys.readouterr()
+    assert run_command("perturb", "", COMMANDS, [*command, "--matrix", "none", "--out", str(tmp_path)]) == 2
+    assert "none" in capsys.readouterr().err
+
+
+def test_a_worker_draws_the_unedited_arm_once_and_refuses_another_file(
+    files: list[str], tiny_folder: Path, tiny_bundle, demo_cells: Cells, tmp_path: Path
+) -> None:
+    path = tmp_path / "cells.h5ad"
+    recipe = replace(make(tiny_bundle, demo_cells).recipe, data_sha256=sha256_file(path), seeds=(0, 1))
+    edits = [replace(recipe, perturbation=Perturbation.parse(f"{gene}:ko")) for gene in ("GAPDH", "ACTB")]
+    drawn = [draw_one(one.to_json(), str(tiny_folder), str(path), str(tmp_path / "kept")) for one in edits]
+    assert len(list((tmp_path / "kept").rglob("*.npz"))) == 3  # two edited arms, one unedited
+    for one, table in zip(edits, drawn, strict=True):
+        alone = run(one, tiny_bundle, demo_cells).readouts
+        assert table[table["readout"] != "shift_image"]["value"].tolist() == pytest.approx(
+            alone["value"].tolist(), nan_ok=True
+        )
+    write_cells(demo_cells.take(np.arange(len(demo_cells) - 1)), path)  # another file at the same path
+    with pytest.raises(BadInput, match=r"The recipe was made with data .* give all of them the same file"):
+        draw_one(edits[0].to_json(), str(tiny_folder), str(path))
+    with pytest.raises(BadInput, match="A worker cannot read"):
+        draw_one(edits[0].to_json(), str(tiny_folder), str(tmp_path / "absent.h5ad"))
+
+
+def test_readouts_that_arrived_are_not_drawn_again(
+    files: list[str], tiny_folder: Path, tiny_bundle, demo_cells: Cells, tmp_path: Path
+) -> None:
+    from distributed import Client, LocalCluster
+
+    path, cache = tmp_path / "cells.h5ad", DiskCache(tmp_path / "driver")
+    recipe = replace(make(tiny_bundle, demo_cells).recipe, data_sha256=sha256_file(path), seeds=(0, 1))
+    edits = [replace(recipe, perturbation=Perturbation.parse(f"{gene}:ko")) for gene in ("GAPDH", "ACTB", "KRT8")]
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        part = list(on_cluster(client, str(tiny_folder), str(path), cache)(edits[:2]))
+        assert len(list((tmp_path / "driver").rglob("*.json"))) == 2
+        whole = list(on_cluster(client, str(tiny_folder), str(path), cache)(edits))
+    for before, after in zip(part, whole[:2], strict=True):
+        pd.testing.assert_frame_equal(before, after)
+    # The cluster is gone: what comes now was kept.
+    again = list(on_cluster(client, str(tiny_folder), str(path), cache)(edits))
+    for before, after in zip(whole, again, strict=True):
+        pd.testing.assert_frame_equal(before, after)
 
 
 @pytest.mark.slow
@@ -195,10 +328,10 @@ def test_a_cluster_gives_the_numbers_of_one_process_although_a_worker_is_killed(
     assert run_command("perturb", "", COMMANDS, [*files, "--out", str(tmp_path / "one")]) == 0
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         victim = next(iter(cluster.workers.values()))
-        timer = threading.Timer(4.0, lambda: victim.process.process.kill())
+        timer = threading.Timer(4.0, os.kill, (victim.pid, signal.SIGKILL))
         timer.start()
         command = [*files, "--out", str(tmp_path / "two"), "--scheduler", cluster.scheduler_address]
         assert run_command("perturb", "", COMMANDS, command) == 0
-        timer.cancel()
+        assert timer.finished.is_set() and victim.pid != timer.args[0]  # killed, and started again
     for name in ("guess.csv", "confirmed.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -79,18 +79,20 @@ def test_the_page_shows_the_numbers_with_n_interval_null_and_method(made, files:
     for phrase in (
         f"Which of {len(screen.candidates)} knock-outs move the niche of cell",
         f"{row['low'] * factor:.3g} to {row['high'] * factor:.3g}",
-        "with 3 seeds no p is below 0.25",
+        "With 3 seeds no p is below 0.25, so that no q can be below 0.05",
+        "n other candidates that move at least as far once the trend with level is taken out",
+        "could be shown to move a readout",
         "mean paired one (edited - unedited) over 3 further seeds",
         f"{len(screen.candidates)} knock-outs were compared",
         "Noise seeds 0, 1 chose the better half",
         "further seeds 2 to 4 alone",
-        "Matched null",
         screen.hash,
         screen.recipe.model_sha256,
         "Apache-2.0",
         "Generated, not diagnostic",
     ):
         assert phrase in text, phrase
+    assert "shift image" in text and f"{row['shift_image']:.4g}" in text
     assert "predict" not in text.lower()
 
 
@@ -109,6 +111,14 @@ def test_hits_come_first_and_a_hit_needs_q_and_replication() -> None:
     said = headline(result)
     assert "1 of 3 tested candidates moves a readout" in said
     assert "B knocked out, share of fibroblast +20 % (15 to 25, n = 8)" in said
+
+
+def test_without_a_hit_the_headline_says_what_the_design_could_show(made) -> None:
+    screen, result, _ = made
+    said = headline(result, screen)
+    n = int(result.confirmed["p"].notna().sum())
+    assert said.startswith("None of the 2 tested candidates could be shown to move a readout")
+    assert said.endswith(screen.reach(n)) and "take more further seeds" in said
 
 
 def test_part_of_a_screen_is_reported_as_a_part(made) -> None:
