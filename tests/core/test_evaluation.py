@@ -70,7 +70,8 @@ def store(data: Path) -> TissueStore:
 def bundle(store: TissueStore, scgpt_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights, large enough that a cell's genes move its picture; said to be trained on two of the donors."""
     model = GE2Hist.untrained(MODEL, scgpt_folder)
-    model.encoder.fit_standardisation(torch.from_numpy(model.embed(store.cells, 0)))
+    labels = torch.tensor([model.cell_types.index(name) for name in store.cells.cell_type])
+    model.encoder.fit_standardisation(torch.from_numpy(model.embed(store.cells, 0)), labels)
     for parameter in (*model.encoder.parameters(), *model.denoiser.parameters()):
         parameter.mul_(2.0)
     with torch.random.fork_rng(devices=[]):
@@ -559,7 +560,7 @@ def test_a_bad_bundle_is_explained_and_leaves_the_old_figures(
 
 def test_a_store_that_is_none_is_explained(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run(bundle, tmp_path / "nowhere.zarr", "--out", tmp_path) == 2
-    assert "nowhere.zarr is not a folder: give the store that `simulate` wrote" in capsys.readouterr().err
+    assert "nowhere.zarr is not a folder: give the store that `simulate` or `prepare` wrote" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
