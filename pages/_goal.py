@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from perturb.run import Progress
 
 WHAT = ("A readout", "The niche of another cell")
-# On two cores with the demo bundle, as the text beside the estimate says.
-SECONDS_PER_PICTURE = 0.25
 SECONDS_PER_GUESS = 0.025
 
 
@@ -110,7 +108,7 @@ def _search(goal: Goal, experiment: Experiment, model: GE2Hist, source: H5adSour
         return
     if result is None or not result.complete:
         guesses = goal.guesses * len(goal.recipe.cell_ids)
-        seconds = goal.pictures * SECONDS_PER_PICTURE + guesses * SECONDS_PER_GUESS
+        seconds = goal.pictures * _ui.SECONDS_PER_PICTURE + guesses * SECONDS_PER_GUESS
         st.button(
             "Start the search" if result is None else "Go on with the search",
             type="primary",

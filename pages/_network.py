@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -140,9 +139,8 @@ def _keep(network: Network) -> None:
 def _read(uploaded: Any) -> Network:
     from perturb.grn import read_network
 
-    name = re.sub(r"[^\w.-]+", "_", Path(uploaded.name).name).strip("._")[-80:] or "network"
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
+        path = Path(folder) / _ui.safe_name(uploaded, "network")
         path.write_bytes(uploaded.getvalue())
         return read_network(path)
 

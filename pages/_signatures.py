@@ -167,8 +167,7 @@ def _save(uploaded: Any) -> Path:
     from ge2hist_core.files import atomic_path
 
     content = uploaded.getvalue()
-    name = re.sub(r"[^\w.-]+", "_", Path(uploaded.name).name).strip("._")[-80:] or "signatures"
-    path = _ui.home() / "signatures" / hashlib.sha256(content).hexdigest() / name
+    path = _ui.home() / "signatures" / hashlib.sha256(content).hexdigest() / _ui.safe_name(uploaded, "signatures")
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
     try:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 KINDS = ("Which edits move the niche?", "Edits towards a target")
 WHAT = ("All expressed genes", "A list of genes", "Drug signatures")
-# On two cores with the demo bundle, as the text beside the estimate says.
-SECONDS_PER_PICTURE = 0.25
 
 
 def page() -> None:
@@ -108,7 +106,7 @@ def _screen(screen: Screen, experiment: Experiment, model: GE2Hist, source: H5ad
     if _ui.under_way(screen.hash):
         return
     if result is None or not result.complete:
-        minutes = (screen.pictures * SECONDS_PER_PICTURE + len(screen.candidates) * 0.02) / 60
+        minutes = (screen.pictures * _ui.SECONDS_PER_PICTURE + len(screen.candidates) * 0.02) / 60
         st.button(
             "Start the screen" if result is None else "Go on with the screen",
             type="primary",

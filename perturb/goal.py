@@ -44,7 +44,7 @@ from ge2hist_core.types import BadInput, Cells
 from perturb.edits import MIN_REFERENCE, Edit, Perturbation
 from perturb.recipe import Recipe
 from perturb.result import pack_table, unpack_table
-from perturb.run import Progress, run
+from perturb.run import Progress, choose_cells, run
 from perturb.screen import MATCHED, READOUTS
 from perturb.stats import bh_fdr, crossed_effect
 from perturb.tables import UNITS
@@ -377,7 +377,7 @@ class _Genes:
 
     def __init__(self, recipe: Recipe, cells: Cells, model: GE2Hist) -> None:
         self._cells = cells
-        self._chosen = _choose(cells, recipe.cell_ids)
+        self._chosen = choose_cells(cells, recipe.cell_ids)
         start = recipe.perturbation.apply(self._chosen, cells)
         self._known = set(cells.genes[np.asarray(model.scgpt.match(cells.genes).ids) >= 0])
         self._known -= set(recipe.perturbation.genes)
@@ -475,14 +475,6 @@ def _visible(cell_type: str) -> str:
     return VISIBLE_CLASS.get(cell_type, cell_type)
 
 
-def _choose(cells: Cells, cell_ids: Sequence[str]) -> Cells:
-    row = {name: i for i, name in enumerate(cells.cell_id)}
-    unknown = [name for name in cell_ids if name not in row]
-    if unknown:
-        raise BadInput(f"The data have no cell {unknown[0]!r}: choose one of its {len(cells)} cell ids.")
-    return cells.take([row[name] for name in cell_ids])
-
-
 class _View:
     """Cells as the niche network sees them: ``counts [cell, class]`` expected neighbours, ``support [cell]``."""
 
@@ -568,7 +560,7 @@ class _Setting:
                 "load that bundle or make the goal again."
             )
         self.goal, self.model, self.cells = goal, model, cells
-        self._chosen = _choose(cells, goal.recipe.cell_ids)
+        self._chosen = choose_cells(cells, goal.recipe.cell_ids)
         self.start = self.view(())
         self.aim = _Aim(goal.target, self.start)
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ FIT_CELLS = 4000
 """Cells that a network is fitted to, at most; drawn at random once for all."""
 
 
+@functools.cache
 def known_truth() -> Network:
     r"""The network that the known-truth tissue is made with: every driver on every reporter of its programme.
 

@@ -29,7 +29,17 @@ if TYPE_CHECKING:
     from ge2hist_core.data import H5adSource
     from ge2hist_core.model import GE2Hist, Preview
 
-__all__ = ["Progress", "cells_for", "cells_like", "edited_cells", "open_recipe", "print_progress", "replay", "run"]
+__all__ = [
+    "Progress",
+    "cells_for",
+    "cells_like",
+    "choose_cells",
+    "edited_cells",
+    "open_recipe",
+    "print_progress",
+    "replay",
+    "run",
+]
 
 FRAMES = 24
 """Steps of the first picture that are kept for replay, at most."""
@@ -88,15 +98,15 @@ def run(
             f"The recipe spreads edits through the network {recipe.propagation.network_name!r} "
             f"({recipe.propagation.network_sha256[:12]}): open that network."
         )
-    chosen = _choose(cells, recipe.cell_ids)
-    expression = {name: edited_cells(one, chosen, cells, network) for name, one in recipe.arms.items()}
-    kept = {name: load_arm(one, cache) for name, one in recipe.arms.items()}
+    chosen, recipes = choose_cells(cells, recipe.cell_ids), recipe.arms
+    expression = {name: edited_cells(one, chosen, cells, network) for name, one in recipes.items()}
+    kept = {name: load_arm(one, cache) for name, one in recipes.items()}
     arms = {name: arm for name, arm in kept.items() if arm is not None}
     wanted = {name: some for name, some in expression.items() if name not in arms}
     for name, arm in _draw(recipe, model, wanted, on_progress, cancel).items():
         arms[name] = arm
         if cache is not None:
-            cache.store_arrays(recipe.arms[name].hash, arm.to_arrays())
+            cache.store_arrays(recipes[name].hash, arm.to_arrays())
     result = compare(recipe, model, cells, {name: some[0] for name, some in expression.items()}, arms, network)
     if cache is not None:
         store_result(result, cache)
@@ -190,7 +200,13 @@ def cells_like(source: H5adSource, cell_id: str, n: int) -> tuple[str, ...]:
     return (cell_id, *source.cell_id[others[: n - 1]].tolist())
 
 
-def _choose(cells: Cells, cell_ids: tuple[str, ...]) -> Cells:
+def choose_cells(cells: Cells, cell_ids: Sequence[str]) -> Cells:
+    """The named cells in this order.
+
+    Raises
+    ------
+    BadInput: one that ``cells`` lack.
+    """
     row = {name: i for i, name in enumerate(cells.cell_id)}
     unknown = [name for name in cell_ids if name not in row]
     if unknown:

@@ -44,7 +44,7 @@ from ge2hist_core.types import BadInput, Cells
 from perturb.edits import Edit, EditSet, Perturbation
 from perturb.recipe import Recipe, _parse_seeds, _print_seeds
 from perturb.result import Result, pack_table, unpack_table
-from perturb.run import Progress, run
+from perturb.run import Progress, choose_cells, run
 from perturb.stats import bh_fdr, crossed_effect
 from perturb.wording import smallest_p
 
@@ -326,8 +326,7 @@ def guess(
     from ge2hist_core.sampler import Stopped
 
     recipe = screen.recipe
-    row = {name: i for i, name in enumerate(cells.cell_id)}
-    chosen = cells.take([row[name] for name in recipe.cell_ids])
+    chosen = choose_cells(cells, recipe.cell_ids)
     base = _State(model, recipe.perturbation.apply(chosen, cells), recipe.encoder_seed)
     rows = []
     for i, candidate in enumerate(screen.candidates):

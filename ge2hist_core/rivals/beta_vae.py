@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ge2hist_core import rng
-from ge2hist_core.rivals.common import Rival, TrainingTiles
+from ge2hist_core.rivals.common import Rival, TrainingTiles, descend
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
@@ -160,9 +160,7 @@ class ExpressionRival(Rival):
         keep = torch.from_numpy(rng.stream(self.seed, "beta-VAE dropout", step).random(tuple(x.shape)) < 0.5)
         terms = self.vae.terms(x, keep, rng.normal(self.seed, "beta-VAE eps", (n, self.vae.dim), step))
         loss = terms["rec"] + self.config.beta * terms["kl"]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss)
         return {name: value.item() for name, value in terms.items()}
 
     @torch.no_grad()

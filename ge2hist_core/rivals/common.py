@@ -38,9 +38,11 @@ __all__ = [
     "Rival",
     "TrainingTiles",
     "count_macs",
+    "descend",
     "gradient_penalty",
     "limited_rows",
     "read_header",
+    "wasserstein_step",
 ]
 
 SCHEMA = 1
@@ -140,6 +142,54 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor)
     between = torch.lerp(fake, real, mix[:, None, None, None]).requires_grad_(True)
     (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
     return ((gradient.flatten(1).norm(dim=1) - 1.0) ** 2).mean()
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of the optimizer down the loss."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def wasserstein_step(
+    critic: nn.Module,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    real: Tensor,
+    fake: Tensor,
+    fresh: Callable[[], Tensor],
+    mix: Tensor,
+    *,
+    penalty: float,
+    drift: float = 0.0,
+) -> dict[str, float]:
+    """One step of ``critic`` and one of ``generator`` (WGAN-GP, Gulrajani et al. 2017, arXiv:1704.00028).
+
+    Parameters
+    ----------
+    real, fake: pictures for the critic; fake ones without a gradient.
+    fresh: draws the generator's pictures once the critic has moved.
+    mix: ``[picture]`` in [0, 1], where on the way between the first real and fake ones the gradient is held to 1.
+    penalty, drift: weights of the gradient penalty and of the mean squared score of real pictures.
+
+    Returns
+    -------
+    Terms of the losses.
+    """
+    critic.requires_grad_(True)
+    score_real, score_fake = critic(real), critic(fake)
+    held = gradient_penalty(critic, real[: len(mix)], fake[: len(mix)], mix)
+    loss = score_fake.mean() - score_real.mean() + penalty * held + drift * score_real.square().mean()
+    descend(optimizers["critic"], loss)
+    critic.requires_grad_(False)
+    loss_generator = -critic(fresh()).mean()
+    descend(optimizers["generator"], loss_generator)
+    critic.requires_grad_(True)
+    return {
+        "critic": loss.item(),
+        "distance": (score_real.mean() - score_fake.mean()).item(),
+        "penalty": held.item(),
+        "generator": loss_generator.item(),
+    }
 
 
 def count_macs(run: Callable[[], object]) -> int:

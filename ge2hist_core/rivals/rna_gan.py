@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from ge2hist_core import rng
 from ge2hist_core.config import TILE_PX
 from ge2hist_core.rivals.beta_vae import ExpressionRival
-from ge2hist_core.rivals.common import TrainingTiles, gradient_penalty
+from ge2hist_core.rivals.common import TrainingTiles, wasserstein_step
 from ge2hist_core.types import BadInput
 
 if TYPE_CHECKING:
@@ -169,28 +169,8 @@ class RNAGAN(ExpressionRival):
 
         with torch.no_grad():
             drawn = fake()
-        half = max(1, n // 2)
-        mix = torch.from_numpy(draw.random(half)).float()
-        critic.requires_grad_(True)
-        score_real, score_fake = critic(real), critic(drawn)
-        penalty = gradient_penalty(critic, real[:half], drawn[:half], mix)
-        loss = score_fake.mean() - score_real.mean() + self.config.penalty * penalty
-        optimizers["critic"].zero_grad(set_to_none=True)
-        loss.backward()
-        optimizers["critic"].step()
-
-        critic.requires_grad_(False)
-        loss_generator = -critic(fake()).mean()
-        optimizers["generator"].zero_grad(set_to_none=True)
-        loss_generator.backward()
-        optimizers["generator"].step()
-        critic.requires_grad_(True)
-        return {
-            "critic": loss.item(),
-            "distance": (score_real.mean() - score_fake.mean()).item(),
-            "penalty": penalty.item(),
-            "generator": loss_generator.item(),
-        }
+        mix = torch.from_numpy(draw.random(max(1, n // 2))).float()
+        return wasserstein_step(critic, optimizers, real, drawn, fake, mix, penalty=self.config.penalty)
 
     def _draw(self, counts: sp.csr_matrix | None, seeds: Sequence[int]) -> Tensor:
         assert counts is not None

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from ge2hist_core import rng
 from ge2hist_core.config import TILE_PX
-from ge2hist_core.rivals.common import Rival, TrainingTiles, gradient_penalty
+from ge2hist_core.rivals.common import Rival, TrainingTiles, wasserstein_step
 from ge2hist_core.types import BadInput
 
 if TYPE_CHECKING:
@@ -281,30 +281,12 @@ class TransGAN(Rival):
         with torch.no_grad():
             drawn = augment(generator(rng.normal(self.seed, "transgan noise", size, step, "critic")), draw)
         real = augment(real, draw)
-        half = max(1, n // 2)
-        mix = torch.from_numpy(draw.random(half)).float()
-        critic.requires_grad_(True)
-        score_real, score_fake = critic(real), critic(drawn)
-        penalty = gradient_penalty(critic, real[:half], drawn[:half], mix)
-        drift = score_real.square().mean()
-        loss = score_fake.mean() - score_real.mean() + self.config.penalty * penalty + DRIFT * drift
-        optimizers["critic"].zero_grad(set_to_none=True)
-        loss.backward()
-        optimizers["critic"].step()
+        mix = torch.from_numpy(draw.random(max(1, n // 2))).float()
 
-        critic.requires_grad_(False)
-        noise = rng.normal(self.seed, "transgan noise", size, step, "generator")
-        loss_generator = -critic(augment(generator(noise), draw)).mean()
-        optimizers["generator"].zero_grad(set_to_none=True)
-        loss_generator.backward()
-        optimizers["generator"].step()
-        critic.requires_grad_(True)
-        return {
-            "critic": loss.item(),
-            "distance": (score_real.mean() - score_fake.mean()).item(),
-            "penalty": penalty.item(),
-            "generator": loss_generator.item(),
-        }
+        def fresh() -> Tensor:
+            return augment(generator(rng.normal(self.seed, "transgan noise", size, step, "generator")), draw)
+
+        return wasserstein_step(critic, optimizers, real, drawn, fresh, mix, penalty=self.config.penalty, drift=DRIFT)
 
     def _draw(self, counts: sp.csr_matrix | None, seeds: Sequence[int]) -> Tensor:
         size = (self.config.latent_dim,)
