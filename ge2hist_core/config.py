@@ -77,7 +77,16 @@ class TrainConfig:
     apart (see :mod:`ge2hist_core.vae`), ``state_steps`` is how long they act on the VAEs before the U-Net comes in,
     ``freeze_encoder`` leaves the VAEs as they are from then on and trains the U-Net alone, ``latent_noise`` is the
     noise on the autoencoder's latents in their standard deviations, ``latent_variants`` how many of a tile's eight
-    rotations and reflections are encoded, ``cells_per_donor`` how many cells of a donor are used at the most.
+    rotations and reflections are encoded, ``cells_per_donor`` how many cells of a donor are used at the most, and
+    ``cells_per_type`` how many of each type and donor are used even beyond that.
+
+    A cell is drawn with a weight of ``E ** -class_alpha``, where ``E = (1 - class_beta ** n) / (1 - class_beta)`` is
+    the effective number of its type's ``n`` training cells (Cui et al. 2019, arXiv 1901.05555): ``class_beta`` 1 is
+    ``n`` itself, below it numbers beyond ``1 / (1 - class_beta)`` count alike. ``class_alpha`` 0 draws types as they
+    occur, 1 with ``class_beta`` 1 all alike.
+
+    ``batch_size`` and ``autoencoder_batch`` are those of one step, all processes together. A process takes its share in
+    ``accumulation`` parts, one after the other, and ``workers`` threads load ahead; neither changes the result.
     """
 
     steps: int = 20000
@@ -104,6 +113,25 @@ class TrainConfig:
     checkpoint_every: int = 250
     mixed_precision: str = "no"
     seed: int = 0
+    cells_per_type: int = 0
+    class_alpha: float = 0.5
+    class_beta: float = 1.0
+    accumulation: int = 1
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mixed_precision not in ("no", "bf16"):
+            raise BadInput(f"mixed_precision is {self.mixed_precision!r}: choose no or bf16.")
+        from_one = ("steps", "batch_size", "autoencoder_batch", "accumulation", "cells_per_donor", "checkpoint_every")
+        for name in (*from_one, "workers", "cells_per_type"):
+            least = 1 if name in from_one else 0
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= least):
+                raise BadInput(f"{name} is {value!r}: choose a whole number from {least} on.")
+        if not 0 <= self.class_alpha <= 2:
+            raise BadInput(f"class_alpha is {self.class_alpha!r}: choose a number from 0 to 2.")
+        if not 0 < self.class_beta <= 1:
+            raise BadInput(f"class_beta is {self.class_beta!r}: choose a number above 0, 1 at the most.")
 
 
 @dataclass(frozen=True)
@@ -131,13 +159,25 @@ class Preset:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+_PAPER = Preset(
+    ModelConfig(unet_channels=(192, 384, 512), layers_per_block=2, attention_heads=8, time_embedding_dim=768),
+    TrainConfig(
+        steps=400_000, batch_size=128, learning_rate=1e-4, mixed_precision="bf16", ema=0.9999, vae_steps=20_000,
+        state_steps=20_000, autoencoder_steps=50_000, autoencoder_batch=64, latent_variants=8,
+        cells_per_donor=1_000_000, checkpoint_every=2000, workers=4,
+    ),
+)  # fmt: skip
+
 PRESETS: dict[str, Preset] = {
     "demo": Preset(),
-    "paper": Preset(
-        ModelConfig(unet_channels=(192, 384, 512), layers_per_block=2, attention_heads=8, time_embedding_dim=768),
-        TrainConfig(steps=400_000, batch_size=128, learning_rate=1e-4, mixed_precision="bf16", ema=0.9999),
+    "paper": _PAPER,
+    "paper-256": dataclasses.replace(
+        _PAPER,
+        model=dataclasses.replace(_PAPER.model, tile_px=256, latent_px=32),
+        train=dataclasses.replace(_PAPER.train, latent_variants=2),
     ),
 }
+"""``paper``: the paper's sizes (64-D z_s, T = 1000) on tiles of 128 px; ``paper-256``: the same on 256 px."""
 
 T = TypeVar("T")
 

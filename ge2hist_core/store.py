@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +41,7 @@ ATTRS = "ge2hist"
 TABLE = "cells"
 CHUNK_PX = 256
 CACHE_BYTES = 1_500_000_000
-"""Decoded images that a store keeps in memory; what does not fit is read tile by tile."""
+"""Decoded chunks of pictures that a store keeps in memory."""
 VERTICES_PER_OUTLINE = 48
 
 
@@ -134,29 +136,112 @@ def write_store(
         sdata.write_consolidated_metadata()
 
 
-class TissueStore:
-    """Reader of a store: cells, tiles and nuclei of every donor.
+class _Pictures:
+    """Windows of the sections' pictures, decoded chunk by chunk; several threads may read at once.
 
-    Tiles are ``TILE_PX`` wide windows centred on a cell (to the nearest pixel) at the store's own resolution.
+    Chunks stay decoded up to ``CACHE_BYTES``, those used last the longest. Arrays are read by zarr itself: a window of
+    a dask array costs a task graph over all chunks of the picture, more than ten times the decoding.
 
     Parameters
     ----------
-    path: the store's folder.
+    path: the store. donors: whose pictures to open.
+
+    Raises
+    ------
+    BadInput: a picture is missing or cannot be read.
+    """
+
+    def __init__(self, path: Path, donors: Sequence[str]) -> None:
+        self._path = path
+        self._arrays = {donor: self._open(donor) for donor in donors}
+        self._chunks: OrderedDict[tuple[str, int, int], np.ndarray] = OrderedDict()
+        self._held = 0
+        self._lock = threading.Lock()
+
+    def _open(self, donor: str) -> Any:
+        import zarr
+
+        folder = self._path / "images" / f"{donor}_image"
+        try:
+            group = zarr.open_group(folder, mode="r")
+            attributes: Mapping[str, Any] = group.attrs.asdict()
+            levels = attributes.get("ome", attributes)["multiscales"][0]["datasets"]
+            return group[levels[0]["path"]]
+        except Exception as error:  # zarr raises a dozen classes for what is missing or damaged
+            raise BadInput(
+                f"{self._path} lacks the image of donor {donor!r} ({type(error).__name__}): write the store again."
+            ) from error
+
+    def size(self, donor: str) -> tuple[int, int]:
+        """Width and height, px."""
+        _, height, width = self._arrays[donor].shape
+        return width, height
+
+    def window(self, donor: str, x: int, y: int, side: int) -> np.ndarray:
+        """uint8 ``[side, side, 3]`` with its top left corner at pixel (x, y), inside the picture."""
+        _, high, wide = self._arrays[donor].chunks
+        out = np.empty((side, side, 3), dtype=np.uint8)
+        for i in range(y // high, (y + side - 1) // high + 1):
+            for j in range(x // wide, (x + side - 1) // wide + 1):
+                top, bottom = max(y, i * high), min(y + side, (i + 1) * high)
+                left, right = max(x, j * wide), min(x + side, (j + 1) * wide)
+                part = self._chunk(donor, i, j)[top - i * high : bottom - i * high, left - j * wide : right - j * wide]
+                out[top - y : bottom - y, left - x : right - x] = part
+        return out
+
+    def _chunk(self, donor: str, i: int, j: int) -> np.ndarray:
+        """uint8 ``[h, w, 3]``: the chunk in row i and column j of the grid."""
+        key = (donor, i, j)
+        with self._lock:
+            if key in self._chunks:
+                self._chunks.move_to_end(key)
+                return self._chunks[key]
+        array = self._arrays[donor]
+        _, high, wide = array.chunks
+        try:
+            pixels = np.asarray(array[:, i * high : (i + 1) * high, j * wide : (j + 1) * wide])
+        except Exception as error:  # the codec's class for a damaged file is not ours to know
+            raise BadInput(
+                f"The image of donor {donor!r} in {self._path} is damaged near pixel ({j * wide}, {i * high}): write "
+                "the store again."
+            ) from error
+        chunk = np.ascontiguousarray(np.moveaxis(pixels, 0, -1))
+        with self._lock:
+            if key not in self._chunks:
+                self._chunks[key] = chunk
+                self._held += chunk.nbytes
+            while self._held > CACHE_BYTES:
+                self._held -= self._chunks.popitem(last=False)[1].nbytes
+        return chunk
+
+
+class TissueStore:
+    """Reader of a store: cells, tiles and nuclei of every donor.
+
+    Tiles are ``tile_px`` wide windows centred on a cell (to the nearest pixel) at the store's own resolution. They are
+    read from disk when they are asked for, by any number of threads.
+
+    Parameters
+    ----------
+    path: the store's folder. tile_px: side of a tile, even.
 
     Raises
     ------
     BadInput: the folder is not such a store, or a part is missing.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, tile_px: int = TILE_PX) -> None:
         import spatialdata
 
+        if tile_px < 2 or tile_px % 2:
+            raise BadInput(f"tile_px is {tile_px}: give an even number above 0.")
+        self.tile_px = tile_px
         self.path = Path(path)
         if not self.path.is_dir():
             raise BadInput(f"{self.path} is not a folder: give the store that `simulate` or `prepare` wrote.")
         try:
             with _quiet():
-                sdata = spatialdata.read_zarr(self.path, selection=("images", "tables"))
+                sdata = spatialdata.read_zarr(self.path, selection=("tables",))
         except Exception as error:  # zarr, anndata and spatialdata raise a dozen classes for damaged stores
             raise BadInput(
                 f"{self.path} cannot be read as a SpatialData store ({type(error).__name__}): write it again."
@@ -188,17 +273,12 @@ class TissueStore:
             xy_um=table.obsm["spatial"],
             source=self.path.name,
         )
-        self._images: dict[str, Any] = {}
-        for donor in self.donors:
-            if f"{donor}_image" not in sdata.images:
-                raise BadInput(f"{self.path} lacks the image of donor {donor!r}: write the store again.")
-            self._images[donor] = sdata.images[f"{donor}_image"].data
+        self._pictures = _Pictures(self.path, self.donors)
         self._donor = table.obs["donor"].cat.codes.to_numpy()
         # The table's float64 positions: float32 would move a cell of a large slide to a neighbouring pixel.
         xy = np.asarray(table.obsm["spatial"], dtype=np.float64)
         self._xy = xy
-        self._corner = np.floor(xy / self.um_per_px + 0.5).astype(np.int64) - TILE_PX // 2
-        self._decoded: dict[str, np.ndarray] = {}
+        self._corner = np.floor(xy / self.um_per_px + 0.5).astype(np.int64) - tile_px // 2
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -206,8 +286,8 @@ class TissueStore:
     @cached_property
     def interior(self) -> np.ndarray:
         """bool ``[cell]``: the whole tile lies inside the section."""
-        shape = np.array([self._images[donor].shape[:0:-1] for donor in self.donors])  # (c, y, x) -> x, y
-        return ((self._corner >= 0) & (self._corner + TILE_PX <= shape[self._donor])).all(axis=1)
+        size = np.array([self._pictures.size(donor) for donor in self.donors])
+        return ((self._corner >= 0) & (self._corner + self.tile_px <= size[self._donor])).all(axis=1)
 
     @cached_property
     def identity(self) -> str:
@@ -243,19 +323,19 @@ class TissueStore:
         return np.flatnonzero(chosen & self.interior if interior else chosen)
 
     def tiles(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """uint8 ``[n, TILE_PX, TILE_PX, 3]`` RGB, centred on the cells.
+        """uint8 ``[n, tile_px, tile_px, 3]`` RGB, centred on the cells.
 
         Raises
         ------
-        BadInput: a cell so near the section's edge that its tile would leave it.
+        BadInput: a cell so near the section's edge that its tile would leave it; a damaged picture.
         """
         rows = np.asarray(rows, dtype=np.int64)
         self._require_interior(rows)
-        out = np.empty((len(rows), TILE_PX, TILE_PX, 3), dtype=np.uint8)
-        # Donor by donor, so that a large store decodes each image once per call.
-        for i in np.argsort(self._donor[rows], kind="stable"):
-            x, y = self._corner[rows[i]]
-            out[i] = self._window(self.donors[self._donor[rows[i]]], x, y)
+        out = np.empty((len(rows), self.tile_px, self.tile_px, 3), dtype=np.uint8)
+        x, y = self._corner[rows].T
+        # Neighbours after one another, so that a chunk that they share is decoded once even if none is kept for long.
+        for i in np.lexsort((x // CHUNK_PX, y // CHUNK_PX, self._donor[rows])):
+            out[i] = self._pictures.window(self.donors[self._donor[rows[i]]], int(x[i]), int(y[i]), self.tile_px)
         return out
 
     def nuclei(self, row: int) -> pd.DataFrame:
@@ -268,7 +348,7 @@ class TissueStore:
         near = self._rows_of_donor[self._donor[row]]
         corner_um = self._corner[row] * self.um_per_px
         relative = self._xy[near] - corner_um
-        inside = ((relative >= 0) & (relative < TILE_PX * self.um_per_px)).all(axis=1)
+        inside = ((relative >= 0) & (relative < self.tile_px * self.um_per_px)).all(axis=1)
         chosen = near[inside]
         return pd.DataFrame(
             {
@@ -292,7 +372,7 @@ class TissueStore:
             mine = np.flatnonzero(self._donor[rows] == donor)
             if len(mine):
                 tree = cKDTree(self._xy[near])
-                hits = tree.query_ball_point(self._xy[rows[mine]], TILE_PX / 2 * self.um_per_px, p=np.inf)
+                hits = tree.query_ball_point(self._xy[rows[mine]], self.tile_px / 2 * self.um_per_px, p=np.inf)
                 for i, hit in zip(mine, hits, strict=True):
                     counts[i] = np.bincount(kind[near[hit]], minlength=counts.shape[1])
                     counts[i, kind[rows[i]]] -= 1
@@ -312,16 +392,6 @@ class TissueStore:
             raise BadInput(
                 f"The tile of cell {self.cells.cell_id[outside[0]]!r} leaves its section: choose cells with `interior`."
             )
-
-    def _window(self, donor: str, x: int, y: int) -> np.ndarray:
-        """uint8 ``[TILE_PX, TILE_PX, 3]`` with its top left corner at pixel (x, y)."""
-        image = self._images[donor]
-        if donor not in self._decoded:
-            held = sum(decoded.nbytes for decoded in self._decoded.values())
-            if held + image.nbytes > CACHE_BYTES:
-                return np.moveaxis(np.asarray(image[:, y : y + TILE_PX, x : x + TILE_PX]), 0, -1)
-            self._decoded[donor] = np.ascontiguousarray(np.moveaxis(np.asarray(image), 0, -1))
-        return self._decoded[donor][y : y + TILE_PX, x : x + TILE_PX]
 
 
 @contextmanager

@@ -16,13 +16,20 @@ Every draw comes from a stream named by stage and step and the state of a stage 
 killed at any moment and resumed ends in the weights of an uninterrupted one (same machine, same number of threads and
 processes).
 
+``accelerate launch -m ge2hist_core train ...`` trains on several processes, which must see the same folders. A batch is
+that of the whole step, with draws that do not know of processes; each takes its share, gradients are averaged, and what
+a loss needs of the whole batch (:meth:`Objective.totals`) is summed over all shares first. The loss curve is that of
+one process but for rounding, and a run may be resumed on another number of processes. Accumulation cuts the share of a
+process into parts in the same way. The main process alone writes.
+
 ``--start-from BUNDLE`` goes on from a finished bundle: to train it longer, on other tissue, or with another encoder.
 Its autoencoder stays as it is, its VAEs and U-Net are where the main stage begins; with another encoder the VAEs are
 trained anew before that. With ``--freeze-encoder`` the VAEs stay as they are when the main stage begins, and the U-Net
 learns (8) on a condition that no longer moves.
 
 Choices
-- Types are seen in proportion to the square root of their frequency: one that is 100 times rarer is seen 10 times less.
+- Types are seen in proportion to the square root of their frequency: one that is 100 times rarer is seen 10 times less
+  (``class_alpha`` and ``class_beta`` of :class:`~ge2hist_core.config.TrainConfig` say otherwise).
 - The loss on v is not re-weighted. Min-SNR (Hang et al. 2023) would lower the weight of the noisiest times, where the
   layout, that is density and composition, is decided and the condition matters most.
 - Times are stratified over the batch (Kingma et al. 2021, arXiv 2107.00630, appendix I.1): less noise in the loss for
@@ -40,13 +47,16 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import errno
 import hashlib
 import json
 import os
+import pickle
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +68,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ge2hist_core import rng
 from ge2hist_core.autoencoder import TileAutoencoder, autoencoder_loss, from_uint8, psnr
-from ge2hist_core.config import CELL_TYPES, PRESETS, ModelConfig, TrainConfig, to_json
+from ge2hist_core.config import CELL_TYPES, PRESETS, ModelConfig, Preset, TrainConfig, from_json, to_json
 from ge2hist_core.denoiser import Denoiser
 from ge2hist_core.files import atomic_path, write_json
+from ge2hist_core.loader import ahead, share
 from ge2hist_core.model import GE2Hist
 from ge2hist_core.sampler import alphas_cumprod
 from ge2hist_core.support import Support
@@ -85,9 +96,18 @@ if TYPE_CHECKING:
 
     from ge2hist_core.store import TissueStore
 
-__all__ = ["Record", "Trainer", "add_arguments", "main"]
+__all__ = ["Record", "Trainer", "add_arguments", "class_weights", "main"]
 
 Batch = dict[str, Tensor]
+MakeBatch = Callable[[int, slice], Batch]
+"""(step, part) -> that part of the step's batch."""
+
+_WHOLE = slice(None)
+_FREE = ("steps", "checkpoint_every", "accumulation", "workers")
+"""Settings that a resumed run may change."""
+_YOUNGER: dict[str, Any] = {"cells_per_type": 0, "class_alpha": 0.5, "class_beta": 1.0}
+"""Settings younger than the oldest checkpoints: at these values a run goes on from work that does not know them."""
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Elements of the square's symmetry group in the order in which variants of a tile are used: 0-3 are quarter turns,
 # 4-7 the same after a reflection. The first two, four and eight are balanced between both kinds.
@@ -107,7 +127,22 @@ class Record:
 # --- objectives: batch -> loss terms, "loss" is what is minimised --------------------------------------------------
 
 
-class AutoencoderObjective(nn.Module):
+class Objective(nn.Module):
+    """Loss of a batch, a mean over its cells. Where a step's batch is cut into parts, the loop first sums
+    :meth:`totals` over the parts, gives the sums to each part's :meth:`forward` beside the batch, and then once to
+    :meth:`follow`."""
+
+    @torch.no_grad()
+    def totals(self, batch: Batch) -> Batch:
+        """Sums over a part of the batch of what the loss needs to know of the whole; names begin with ``total_``."""
+        return {}
+
+    @torch.no_grad()
+    def follow(self, totals: Batch) -> None:
+        """Move running statistics towards those of the whole batch."""
+
+
+class AutoencoderObjective(Objective):
     """L1 plus gradient loss of tiles; batch: ``pixels``, ``noise``."""
 
     def __init__(self, autoencoder: TileAutoencoder, config: TrainConfig) -> None:
@@ -115,14 +150,26 @@ class AutoencoderObjective(nn.Module):
         self.autoencoder, self.noise_level = autoencoder, config.latent_noise
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        reconstruction, raw = self.autoencoder(batch["pixels"], batch["noise"], self.noise_level)
+        raw = self.autoencoder.encoder(batch["pixels"])
+        if "total_values" in batch:
+            n, mean = batch["total_values"], batch["total_sum"] / batch["total_values"]
+            std = ((batch["total_square"] - n * mean**2) / (n - 1)).clamp_min(0).sqrt().float()[:, None, None]
+        else:
+            std = raw.detach().float().std((0, 2, 3), keepdim=True)
+        reconstruction = self.autoencoder.decoder(raw + self.noise_level * std * batch["noise"])
         terms = autoencoder_loss(reconstruction, batch["pixels"])
         # Keeps raw latents near unit scale; too weak to shape them.
         scale = 1e-4 * raw.float().square().mean()
         return {"loss": terms["l1"] + terms["gradient"] + scale, **terms}
 
+    @torch.no_grad()
+    def totals(self, batch: Batch) -> Batch:
+        raw = self.autoencoder.encoder(batch["pixels"]).double()
+        n = torch.tensor(float(raw[:, 0].numel()), dtype=torch.float64, device=raw.device)
+        return {"total_values": n, "total_sum": raw.sum((0, 2, 3)), "total_square": raw.square().sum((0, 2, 3))}
 
-class VAEObjective(nn.Module):
+
+class VAEObjective(Objective):
     """Each VAE by itself: reconstruction of its own input, and KL; batch: ``embedding, label, eps_c, eps_e``.
 
     The classifier learns along, because the niche VAE's input depends on it.
@@ -149,7 +196,7 @@ class VAEObjective(nn.Module):
         return {"loss": loss, **terms}
 
 
-class StateObjective(nn.Module):
+class StateObjective(Objective):
     """Equation (9) without (8), and the terms of separation; batch: ``embedding, label, neighbours, eps_c, eps_e``."""
 
     type_mean: Tensor
@@ -172,7 +219,12 @@ class StateObjective(nn.Module):
         cls = classification_loss(logits, label)  # (1)
         kl = kl_divergence(q_e, embedding.shape[1])  # (2)
         leak = type_leak(q_e.loc, label, self.type_mean)
-        follow_type_mean(self.type_mean, q_e.loc, label)
+        if "total_cells" in batch:
+            # type_leak divides by the mean square over the part: exchange it for that over the whole batch.
+            part = q_e.loc.detach().square().sum(1).mean().clamp_min(1e-6)
+            leak = leak * part / (batch["total_square"] / batch["total_cells"].sum()).clamp_min(1e-6).float()
+        else:
+            follow_type_mean(self.type_mean, q_e.loc, label)
         prior = type_prior(q_c, type_vae.prior_mean, label, embedding.shape[1])
         together = type_vae.generative(z_c) + self.encoder.residual_std * niche_vae.generative(z_e)
         rec = reconstruction_loss(together, self.encoder.standardise(embedding))
@@ -194,8 +246,21 @@ class StateObjective(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         return self.terms(batch, *self.states(batch))
 
+    @torch.no_grad()
+    def totals(self, batch: Batch) -> Batch:
+        mu, label = self.encoder(batch["embedding"])[1].loc.double(), batch["label"]
+        by_type = torch.zeros(self.type_mean.shape, dtype=mu.dtype, device=mu.device).index_add_(0, label, mu)
+        cells = torch.bincount(label, minlength=len(by_type)).double()
+        return {"total_cells": cells, "total_mu": by_type, "total_square": mu.square().sum()}
 
-class MainObjective(nn.Module):
+    @torch.no_grad()
+    def follow(self, totals: Batch) -> None:
+        seen = torch.nonzero(totals["total_cells"])[:, 0]
+        mean = totals["total_mu"][seen] / totals["total_cells"][seen, None]
+        follow_type_mean(self.type_mean, mean.to(self.type_mean.dtype), seen)
+
+
+class MainObjective(Objective):
     """Equation (9); batch: that of :class:`StateObjective` and ``latent, t, noise, drop``."""
 
     alpha: Tensor
@@ -217,8 +282,15 @@ class MainObjective(nn.Module):
         with sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" else nullcontext():
             v = self.denoiser(x_t, batch["t"], torch.cat([z_c, z_e], dim=1), batch["drop"])
         cdm = (v.float() - (alpha * noise - sigma * x_0)).square().mean()  # (8), on v
-        terms = self.state.terms(batch, q_c, q_e, z_c, z_e)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            terms = self.state.terms(batch, q_c, q_e, z_c, z_e)
         return {**terms, "loss": cdm if self.frozen else cdm + terms["loss"], "cdm": cdm}  # (9)
+
+    def totals(self, batch: Batch) -> Batch:
+        return self.state.totals(batch)
+
+    def follow(self, totals: Batch) -> None:
+        self.state.follow(totals)
 
 
 # --- one loop for all of them ----------------------------------------------------------------------------------------
@@ -231,84 +303,174 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 def fit(
     stage: str,
-    objective: nn.Module,
-    batch: Callable[[int], Batch],
+    objective: Objective,
+    batch: MakeBatch,
     work: Path,
     accelerator: Accelerator,
     identity: str,
     *,
     steps: int,
+    size: tuple[str, int],
     peak_rate: float,
     config: TrainConfig,
+    settings: Mapping[str, Any] | None = None,
     deadline: float = float("inf"),
 ) -> Iterator[Record]:
-    """Minimise ``objective(batch(step))["loss"]``; yields a record per step.
+    """Minimise the mean of ``objective`` over each step's batch; yields a record per step.
 
     When the iterator ends, ``objective`` holds the exponential moving average of its weights. Goes on from
     ``work/<stage>.pt`` where that exists; losses are in ``work/<stage>.csv``.
 
     Parameters
     ----------
-    identity: of data and configuration; a checkpoint of another one is refused.
+    batch: gives any part of a step's batch; may be called by several threads. size: of the whole, after the name of
+        the setting that says so.
+    identity: of data and configuration; a checkpoint of another one is refused. settings: what made it, by name.
     deadline: ``time.monotonic()`` after which the stage pauses with a checkpoint.
 
     Raises
     ------
-    BadInput: the checkpoint belongs to other data or another configuration.
+    BadInput: the checkpoint belongs to other data or another configuration, or is damaged; the batch cannot be shared
+        evenly; the disk is full.
     """
+    parts = share(*size, accelerator.num_processes, accelerator.process_index, config.accumulation)
+    cut = accelerator.num_processes * len(parts) > 1
+    settings = dict(settings or {})
     objective.train().requires_grad_(True).to(accelerator.device)
     average = copy.deepcopy(objective).requires_grad_(False)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=peak_rate, weight_decay=1e-4)
-    checkpoint, log = work / f"{stage}.pt", work / f"{stage}.csv"
+    checkpoint, log = work / f"{stage}.pt", _Log(work / f"{stage}.csv")
     start, before, began = 0, 0.0, time.monotonic()
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if state["identity"] != identity:
-            raise BadInput(f"{checkpoint} was made with other data or settings: use the same, or choose another --out.")
+        state = _read_checkpoint(checkpoint)
+        _refuse_other_work(checkpoint, state["identity"], state.get("settings"), identity, settings)
         objective.load_state_dict(state["objective"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         start, before = state["step"], state.get("seconds", 0.0)
     trained, optimizer = accelerator.prepare(objective, optimizer)
-    rows = _read_log(log, start)
+    if accelerator.is_main_process:
+        log.start(start)
 
-    def save(step: int) -> None:
-        if not accelerator.is_main_process:
-            return
+    def load(step: int) -> list[Batch]:
+        own = batch(step, slice(parts[0].start, parts[-1].stop))
+        split = {name: value.split(parts[0].stop - parts[0].start) for name, value in own.items()}
+        pieces = [{name: values[i] for name, values in split.items()} for i in range(len(parts))]
+        if accelerator.device.type == "cuda":
+            return [{name: value.pin_memory() for name, value in piece.items()} for piece in pieces]
+        return pieces
+
+    def save(step: int, optimizer_state: dict[str, Any]) -> None:
         state = {"identity": identity, "step": step, "objective": objective.state_dict()}
-        state["seconds"] = before + time.monotonic() - began
-        with atomic_path(checkpoint) as temporary:
-            torch.save({**state, "average": average.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
-        _write_log(log, rows)
+        state |= {"seconds": before + time.monotonic() - began, "settings": json.dumps(settings)}
+        state |= {"average": average.state_dict(), "optimizer": optimizer_state}
+        with _told_of_a_full_disk(checkpoint):
+            log.flush()
+            with atomic_path(checkpoint) as temporary, temporary.open("wb") as handle:
+                torch.save(state, handle)
 
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, config.warmup_steps, peak_rate)
-        values = {name: value.to(accelerator.device) for name, value in batch(step).items()}
-        with accelerator.autocast():
-            terms = trained(values)
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(terms["loss"])
-        accelerator.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        _update_average(average, objective, min(config.ema, (1 + step) / (10 + step)))
-        record = Record(stage, step + 1, steps, {name: value.item() for name, value in terms.items()})
-        rows.append({"step": record.step, **record.terms})
-        late = _any_process(accelerator, time.monotonic() > deadline)
-        if late or record.step % config.checkpoint_every == 0 or record.step == steps:
-            save(record.step)
-        yield record
-        if late:
-            break
+    with closing(ahead(load, range(start, steps), config.workers)) as pieces:
+        for step, pieces_of_step in zip(range(start, steps), pieces, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, config.warmup_steps, peak_rate)
+            values = [
+                {name: value.to(accelerator.device, non_blocking=True) for name, value in piece.items()}
+                for piece in pieces_of_step
+            ]
+            totals = _totals(accelerator, objective, values) if cut else {}
+            optimizer.zero_grad(set_to_none=True)
+            terms: list[dict[str, Tensor]] = []
+            for i, piece in enumerate(values):
+                # Gradients of all parts are summed here; processes exchange them with the last.
+                last = i + 1 == len(values)
+                with nullcontext() if last else accelerator.no_sync(trained):
+                    with accelerator.autocast():
+                        terms.append(trained(piece | totals))
+                    accelerator.backward(terms[-1]["loss"] / len(values))
+            if totals:
+                objective.follow(totals)
+            accelerator.clip_grad_norm_(trained.parameters(), 1.0)
+            optimizer.step()
+            _update_average(average, objective, min(config.ema, (1 + step) / (10 + step)))
+            means, late = _mean_terms(accelerator, terms, time.monotonic() > deadline)
+            record = Record(stage, step + 1, steps, means)
+            log.add({"step": record.step, **record.terms})
+            due = late or record.step % config.checkpoint_every == 0 or record.step == steps
+            if due and accelerator.is_main_process:
+                save(record.step, optimizer.state_dict())
+            yield record
+            if late:
+                break
+    # A later stage trains parts of the same weights: this one's hooks on their gradients must be gone by then.
+    del trained, optimizer
+    accelerator.free_memory()
     objective.load_state_dict(average.state_dict())
     objective.eval().requires_grad_(False).to("cpu")
 
 
-def _any_process(accelerator: Accelerator, value: bool) -> bool:
-    """Whether any process says so: all must leave the loop at the same step."""
-    if accelerator.num_processes == 1:
-        return value
-    return bool(accelerator.reduce(torch.tensor(float(value), device=accelerator.device), "sum").item() > 0)
+@torch.no_grad()
+def _totals(accelerator: Accelerator, objective: Objective, pieces: Sequence[Batch]) -> Batch:
+    """:meth:`Objective.totals` of the whole batch: summed over the pieces of every process."""
+    with accelerator.autocast():
+        each = [objective.totals(piece) for piece in pieces]
+    totals = {name: torch.stack([part[name] for part in each]).sum(0) for name in each[0]}
+    if accelerator.num_processes > 1:
+        totals = {name: accelerator.reduce(value, "sum") for name, value in totals.items()}
+    return totals
+
+
+def _mean_terms(
+    accelerator: Accelerator, terms: Sequence[dict[str, Tensor]], late: bool
+) -> tuple[dict[str, float], bool]:
+    """Means over all parts of the batch, and whether any process is late: all must leave the loop at the same step."""
+    names = list(terms[0])
+    mean = torch.stack([torch.stack([part[name].detach().float() for name in names]) for part in terms]).mean(0)
+    if accelerator.num_processes > 1:
+        mean = accelerator.reduce(torch.cat([mean, mean.new_tensor([float(late)])]), "mean")
+        late = bool(mean[-1] > 0)
+    return dict(zip(names, mean.tolist(), strict=False)), late
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    needed = {"identity", "step", "objective", "average", "optimizer"}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise _damaged(path) from error
+    if not isinstance(state, dict) or needed - set(state):
+        raise _damaged(path)
+    return state
+
+
+def _damaged(path: Path) -> BadInput:
+    return BadInput(f"{path} is damaged: delete it to repeat its stage from the beginning, the stages before are kept.")
+
+
+def _refuse_other_work(
+    path: Path, identity: str, made_with: str | None, wanted: str, settings: Mapping[str, Any]
+) -> None:
+    """Refuse work of another identity, and say which setting differs where that is known."""
+    if identity == wanted:
+        return
+    old = json.loads(made_with) if made_with else {}
+    # As JSON, which knows no tuples.
+    changed = [name for name, value in json.loads(json.dumps(settings)).items() if old.get(name, value) != value]
+    why = f" ({changed[0]} was {old[changed[0]]!r}, now it is {settings[changed[0]]!r})" if changed else ""
+    raise BadInput(f"{path} was made with other data or settings{why}: use the same, or choose another --out.")
+
+
+@contextmanager
+def _told_of_a_full_disk(path: Path) -> Iterator[None]:
+    """Turn the system's error of a full disk into :class:`BadInput`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise BadInput(
+            f"There is no room to write {path} ({os.strerror(error.errno)}): make room and go on with --resume, the "
+            "work up to the checkpoint before is kept."
+        ) from error
 
 
 @torch.no_grad()
@@ -317,19 +479,58 @@ def _update_average(average: nn.Module, objective: nn.Module, decay: float) -> N
     torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
 
 
-def _read_log(path: Path, before: int) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as handle:
-        return [row for row in csv.DictReader(handle) if int(row["step"]) <= before]
+class _Log:
+    """Losses of a stage as CSV; rows wait in memory for the next checkpoint, which they must not run behind."""
 
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, list[dict[str, Any]]()
 
-def _write_log(path: Path, rows: list[dict[str, Any]]) -> None:
-    if rows:
-        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
+    def start(self, step: int) -> None:
+        """Keep the whole rows up to ``step``: what a killed run wrote after its checkpoint is done again."""
+        if not self.path.exists():
+            return
+        with self.path.open(newline="", encoding="utf-8") as handle:
+            rows = [row for row in csv.DictReader(handle) if None not in row.values() and int(row["step"]) <= step]
+        if rows:
+            self._write(rows)
+        else:
+            self.path.unlink()
+
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+        with (
+            _told_of_a_full_disk(self.path),
+            atomic_path(self.path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as handle,
+        ):
             writer = csv.DictWriter(handle, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def flush(self) -> None:
+        if self.rows:
+            new = not self.path.exists()
+            with self.path.open("a", newline="", encoding="utf-8") as handle:
+                writer = csv.DictWriter(handle, list(self.rows[0]))
+                if new:
+                    writer.writeheader()
+                writer.writerows(self.rows)
+            self.rows = []
+
+
+def class_weights(label: np.ndarray, alpha: float, beta: float) -> np.ndarray:
+    """Weight of each cell in the draw of batches, ``[cell]``: ``E ** -alpha`` for its type's effective number ``E``.
+
+    Parameters
+    ----------
+    label: int ``[cell]``. alpha: 0 draws types as they occur. beta: below 1, ``E = (1 - beta ** n) / (1 - beta)`` for
+        ``n`` cells of the type (Cui et al. 2019, arXiv 1901.05555); at 1, its limit ``n``.
+    """
+    n = np.bincount(label)[label]
+    effective = n if beta == 1 else -np.expm1(n * np.log(beta)) / (1 - beta)
+    return 1 / effective**alpha
 
 
 def dihedral(tiles: np.ndarray, element: int) -> np.ndarray:
@@ -367,13 +568,25 @@ class Trainer:
         accelerator: Accelerator | None = None,
         start: GE2Hist | None = None,
     ) -> None:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+        if store.tile_px != model.tile_px:
+            raise BadInput(
+                f"The store is read in tiles of {store.tile_px} px, the model has {model.tile_px} px: use one."
+            )
 
         self.store, self.out, self.config, self.start = store, Path(out), config, start
         self.work = self.out / ".work"
         # The VAE stage leaves classifier and neighbours without a gradient, which several processes must be told.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[unused])
+        # The main process finishes the bundle while the others wait.
+        patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+        self.accelerator = accelerator or Accelerator(
+            mixed_precision=config.mixed_precision, kwargs_handlers=[unused, patient]
+        )
+        self.accelerator.gradient_accumulation_steps = 1  # the launcher's; ours is config.accumulation
+        for name in ("batch_size", "autoencoder_batch"):
+            share(name, getattr(config, name), self.accelerator.num_processes, 0, config.accumulation)
         self.model = GE2Hist.untrained(model, scgpt_folder, config.seed)
         self._refuse_leaks(self.model)
         if start is not None:
@@ -423,10 +636,16 @@ class Trainer:
             )
 
     def _limited(self, rows: np.ndarray) -> np.ndarray:
-        """At most ``cells_per_donor`` rows of each donor, drawn at random."""
+        """At most ``cells_per_donor`` rows of each donor, drawn at random, or ``cells_per_type`` of a type if more."""
         draw, donor = rng.stream(self.config.seed, "cells per donor"), self.store.cells.donor[rows]
-        some = [draw.permutation(rows[donor == name])[: self.config.cells_per_donor] for name in np.unique(donor)]
-        return np.sort(np.concatenate(some)) if some else rows
+        some = []
+        for name in np.unique(donor):
+            mine = draw.permutation(rows[donor == name])
+            some.append(mine[: self.config.cells_per_donor])
+            if self.config.cells_per_type:
+                kind = self.store.cells.cell_type[mine]
+                some += [mine[kind == one][: self.config.cells_per_type] for one in np.unique(kind)]
+        return np.unique(np.concatenate(some)) if some else rows
 
     def _standardised_neighbours(self) -> np.ndarray:
         """Root counts of each type in the tiles of the cells used, ``[row, type]``, 0 +- 1 over training cells."""
@@ -440,10 +659,10 @@ class Trainer:
 
     def _identity(self, model: ModelConfig, encoder_sha256: str) -> str:
         """Of what decides the result: everything with the encoder, what concerns pictures alone without it."""
-        pictures = ("autoencoder_", "latent_", "cells_per_donor", "warmup_steps", "ema", "mixed_precision", "seed")
+        pictures = ("autoencoder_", "latent_", "cells_per_", "warmup_steps", "ema", "mixed_precision", "seed")
         sizes = ("tile_px", "um_per_px", "latent_", "ae_channels")
-        free = ("steps", "checkpoint_every")
-        settings = {k: v for k, v in to_json(self.config).items() if k not in free}
+        settings = {k: v for k, v in to_json(self.config).items() if k not in _FREE}
+        settings = {k: v for k, v in settings.items() if k not in _YOUNGER or v != _YOUNGER[k]}
         network = to_json(model)
         if not encoder_sha256:
             settings = {k: v for k, v in settings.items() if k.startswith(pictures)}
@@ -457,13 +676,13 @@ class Trainer:
         return digest.hexdigest()
 
     def run(self, deadline: float = float("inf")) -> Iterator[Record]:
-        """Go through all stages, from wherever the work folder is; yields a record per step.
+        """Go through all stages, from wherever the work folder is; yields a record per step, in every process.
 
         ``deadline`` (``time.monotonic()``) ends the main stage early; the bundle is written all the same.
         """
         self.work.mkdir(parents=True, exist_ok=True)
         model, config = self.model, self.config
-        objective: nn.Module
+        objective: Objective
         if self.start is None:
             objective = AutoencoderObjective(model.autoencoder, config)
             yield from self._fit(objective, "autoencoder", self._autoencoder_batch, config.autoencoder_steps)
@@ -484,62 +703,118 @@ class Trainer:
         objective = MainObjective(model.encoder, model.denoiser, model.config, config)
         yield from self._fit(objective, "main", self._main_batch, config.steps, deadline)
         if self.accelerator.is_main_process:
-            state = torch.load(self.work / "main.pt", map_location="cpu", weights_only=True)
+            state = _read_checkpoint(self.work / "main.pt")
             self.finish(state["step"], state.get("seconds"))
+        self.accelerator.wait_for_everyone()
 
     def _fit(
         self,
-        objective: nn.Module,
+        objective: Objective,
         stage: str,
-        batch: Callable[[int], Batch],
+        batch: MakeBatch,
         steps: int,
         deadline: float = float("inf"),
     ) -> Iterator[Record]:
-        rate = self.config.autoencoder_learning_rate if stage == "autoencoder" else self.config.learning_rate
+        pictures = stage == "autoencoder"
+        size = "autoencoder_batch" if pictures else "batch_size"
         return fit(
             stage, objective, batch, self.work, self.accelerator,
-            self.picture_identity if stage == "autoencoder" else self.identity,
-            steps=steps, peak_rate=rate, config=self.config, deadline=deadline,
+            self.picture_identity if pictures else self.identity,
+            steps=steps, size=(size, getattr(self.config, size)), config=self.config, settings=self._settings(),
+            peak_rate=self.config.autoencoder_learning_rate if pictures else self.config.learning_rate,
+            deadline=deadline,
         )  # fmt: skip
+
+    def _settings(self) -> dict[str, Any]:
+        """Whatever the identity is made of that has a name, to say what has changed."""
+        settings = {name: value for name, value in to_json(self.config).items() if name not in _FREE}
+        data = {"store": self.store.path.name, "encoder_sha256": self.model.scgpt.sha256}
+        return to_json(self.model.config) | settings | data
 
     # --- stages that fill an array, block by block ------------------------------------------------------------------
 
     def _fill(
-        self, name: str, shape: tuple[int, ...], dtype: str, block: int, compute: Callable[[slice], np.ndarray]
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: str,
+        block: int,
+        read: Callable[[slice], Any],
+        compute: Callable[[Any], np.ndarray],
     ) -> Iterator[Record]:
-        """Fill ``work/<name>.npy`` in blocks of its first axis; what a killed run has filled stays."""
+        """Fill ``work/<name>.npy`` in blocks of its first axis with ``compute(read(block))``.
+
+        Processes take turns at the blocks, worker threads read ahead, and what a killed run has filled stays.
+        """
         path, mark = self.work / f"{name}.npy", self.work / f"{name}.json"
         identity = self.picture_identity if name == "latents" else self.embedding_identity
-        if self.accelerator.is_main_process:
-            done = 0
-            if mark.exists():
-                state = json.loads(mark.read_text(encoding="utf-8"))
-                if state["identity"] != identity:
-                    raise BadInput(
-                        f"{path} was made with other data or settings: use the same, or choose another --out."
-                    )
-                done = state["done"]
-            array = (
-                np.lib.format.open_memmap(path, mode="r+")
-                if done
-                else np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-            )
-            for start in range(done, shape[0], block):
-                stop = min(start + block, shape[0])
-                array[start:stop] = compute(slice(start, stop))
-                array.flush()
-                write_json(mark, {"identity": identity, "done": stop})
-                yield Record(name, stop, shape[0], {})
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        done = self._filled(path, mark, identity, shape, dtype)
         self.accelerator.wait_for_everyone()
+        array = self._open_array(path, shape, dtype, fresh=not done) if self.accelerator.is_main_process else None
+
+        blocks = [slice(start, min(start + block, shape[0])) for start in range(done, shape[0], block)]
+        rounds = [blocks[i : i + processes] for i in range(0, len(blocks), processes)]
+        # In the last round some processes may have no block: they compute the last one again.
+        mine = [some[min(index, len(some) - 1)] for some in rounds]
+        with closing(ahead(read, mine, self.config.workers)) as pieces:
+            for some, piece in zip(rounds, pieces, strict=True):
+                for part, values in zip(some, self._gathered(compute(piece), block), strict=False):
+                    if array is not None:
+                        array[part] = values[: part.stop - part.start]
+                if array is not None:
+                    array.flush()
+                    note = {"identity": identity, "done": some[-1].stop, "settings": json.dumps(self._settings())}
+                    write_json(mark, note)
+                yield Record(name, some[-1].stop, shape[0], {})
+        self.accelerator.wait_for_everyone()
+
+    def _filled(self, path: Path, mark: Path, identity: str, shape: tuple[int, ...], dtype: str) -> int:
+        """How far an earlier run has filled the array, rows."""
+        if not mark.exists():
+            return 0
+        try:
+            state = json.loads(mark.read_text(encoding="utf-8"))
+            _refuse_other_work(path, state["identity"], state.get("settings"), identity, self._settings())
+            array = np.load(path, mmap_mode="r")
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(array.shape)
+        except BadInput:
+            raise
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise BadInput(f"{path} or {mark.name} beside it is damaged: delete both to fill it again.") from error
+        return int(state["done"])
+
+    @staticmethod
+    def _open_array(path: Path, shape: tuple[int, ...], dtype: str, fresh: bool) -> np.memmap:
+        if not fresh:
+            return np.lib.format.open_memmap(path, mode="r+")
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            # A mapped file without room on the disk would end the process with a signal later.
+            with _told_of_a_full_disk(path), path.open("r+b") as handle:
+                os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
+        return array
+
+    def _gathered(self, values: np.ndarray, block: int) -> Sequence[np.ndarray]:
+        """The block of each process, in their order, the last padded with zeros."""
+        if self.accelerator.num_processes == 1:
+            return [values]
+        padded = np.zeros((1, block, *values.shape[1:]), dtype=values.dtype)
+        padded[0, : len(values)] = values
+        # Bytes, which every backend can send.
+        sent = torch.from_numpy(padded.reshape(1, -1).view(np.uint8)).to(self.accelerator.device)
+        return self.accelerator.gather(sent).cpu().numpy().view(values.dtype).reshape(-1, *padded.shape[1:])
 
     def _embed(self) -> Iterator[Record]:
         rows = np.sort(np.concatenate(list(self.rows.values())))
         cells, seed = self.store.cells, self.config.seed
 
-        def compute(part: slice) -> np.ndarray:
-            return self.model.scgpt.embed(cells.take(rows[part]), seed, on_empty="nan")
+        def compute(some: Any) -> np.ndarray:
+            return self.model.scgpt.embed(some, seed, on_empty="nan")
 
-        yield from self._fill("embeddings", (len(rows), self.model.scgpt.dim), "float32", 512, compute)
+        shape = (len(rows), self.model.scgpt.dim)
+        yield from self._fill("embeddings", shape, "float32", 512, lambda part: cells.take(rows[part]), compute)
         self.embedding = np.full((len(self.store), self.model.scgpt.dim), np.nan, dtype=np.float32)
         self.embedding[rows] = np.load(self.work / "embeddings.npy")
 
@@ -548,20 +823,21 @@ class Trainer:
         self.latent_rows = np.flatnonzero(np.isfinite(self.embedding[self.rows["train"], 0]))
         self.rows = {name: rows[np.isfinite(self.embedding[rows, 0])] for name, rows in self.rows.items()}
         label = self.label[self.rows["train"]]
-        weight = 1 / np.sqrt(np.bincount(label, minlength=len(self.model.cell_types))[label])
+        weight = class_weights(label, self.config.class_alpha, self.config.class_beta)
         self.cumulative = np.cumsum(weight) / weight.sum()
 
     def _encode_tiles(self) -> Iterator[Record]:
-        rows, m = self.rows["train"], self.model.config
+        rows, m, autoencoder = self.rows["train"], self.model.config, self.model.autoencoder
         variants = _VARIANTS[: self.config.latent_variants]
 
-        def compute(part: slice) -> np.ndarray:
-            tiles = self.store.tiles(rows[part])
-            latents = [self.model.autoencoder.encode(dihedral(tiles, element)) for element in variants]
-            return torch.stack(latents, dim=1).numpy()
+        def compute(tiles: np.ndarray) -> np.ndarray:
+            latents = [autoencoder.encode(dihedral(tiles, element)) for element in variants]
+            return torch.stack(latents, dim=1).cpu().numpy().astype(np.float16)
 
         shape = (len(rows), len(variants), m.latent_channels, m.latent_px, m.latent_px)
-        yield from self._fill("latents", shape, "float16", 64, compute)
+        autoencoder.to(self.accelerator.device)
+        yield from self._fill("latents", shape, "float16", 64, lambda part: self.store.tiles(rows[part]), compute)
+        autoencoder.to("cpu")
         self.latents = np.load(self.work / "latents.npy", mmap_mode="r")
 
     def _raw_latents(self) -> Tensor:
@@ -570,48 +846,51 @@ class Trainer:
         encode = self.model.autoencoder.encode  # statistics are still 0 and 1 here
         return torch.cat([encode(tiles[i : i + 64]) for i in range(0, len(tiles), 64)])
 
-    # --- batches --------------------------------------------------------------------------------------------------
+    # --- batches: all is drawn for the whole step, then loaded for the part that is asked for -------------------------
 
     def _stream(self, stage: str, step: int) -> np.random.Generator:
-        return rng.stream(self.config.seed, f"{stage} batch", step, self.accelerator.process_index)
+        # The 0 was the index of the process when each had a batch of its own; runs of one process stay what they were.
+        return rng.stream(self.config.seed, f"{stage} batch", step, 0)
 
-    def _autoencoder_batch(self, step: int) -> Batch:
+    def _autoencoder_batch(self, step: int, part: slice = _WHOLE) -> Batch:
         g, n, m = self._stream("autoencoder", step), self.config.autoencoder_batch, self.model.config
-        rows = self.rows["train"][g.integers(len(self.rows["train"]), size=n)]
+        rows = self.rows["train"][g.integers(len(self.rows["train"]), size=n)][part]
         pixels = from_uint8(dihedral(self.store.tiles(rows), int(g.integers(8))))
         noise = g.standard_normal((n, m.latent_channels, m.latent_px, m.latent_px), dtype=np.float32)
-        return {"pixels": pixels, "noise": torch.from_numpy(noise)}
+        return {"pixels": pixels, "noise": torch.from_numpy(noise[part])}
 
-    def _state_batch(self, g: np.random.Generator) -> tuple[np.ndarray, Batch]:
+    def _state_batch(self, g: np.random.Generator, part: slice = _WHOLE) -> tuple[np.ndarray, Batch]:
         n, m = self.config.batch_size, self.model.config
-        chosen = np.searchsorted(self.cumulative, g.random(n), side="right").clip(max=len(self.cumulative) - 1)
+        chosen = np.searchsorted(self.cumulative, g.random(n), side="right").clip(max=len(self.cumulative) - 1)[part]
         rows = self.rows["train"][chosen]
         return chosen, {
             "embedding": torch.from_numpy(self.embedding[rows]),
             "label": torch.from_numpy(self.label[rows]),
             "neighbours": torch.from_numpy(self.neighbours[rows]),
-            "eps_c": torch.from_numpy(g.standard_normal((n, m.d_c), dtype=np.float32)),
-            "eps_e": torch.from_numpy(g.standard_normal((n, m.d_e), dtype=np.float32)),
+            "eps_c": torch.from_numpy(g.standard_normal((n, m.d_c), dtype=np.float32)[part]),
+            "eps_e": torch.from_numpy(g.standard_normal((n, m.d_e), dtype=np.float32)[part]),
         }
 
-    def _vae_batch(self, step: int) -> Batch:
-        return self._state_batch(self._stream("vae", step))[1]
+    def _vae_batch(self, step: int, part: slice = _WHOLE) -> Batch:
+        return self._state_batch(self._stream("vae", step), part)[1]
 
-    def _states_batch(self, step: int) -> Batch:
-        return self._state_batch(self._stream("states", step))[1]
+    def _states_batch(self, step: int, part: slice = _WHOLE) -> Batch:
+        return self._state_batch(self._stream("states", step), part)[1]
 
-    def _main_batch(self, step: int) -> Batch:
+    def _main_batch(self, step: int, part: slice = _WHOLE) -> Batch:
         g = self._stream("main", step)
-        chosen, batch = self._state_batch(g)
-        n, steps = len(chosen), self.model.config.train_timesteps
-        latent = self.latents[self.latent_rows[chosen], g.integers(self.latents.shape[1], size=n)].astype(np.float32)
+        chosen, batch = self._state_batch(g, part)
+        n, steps = self.config.batch_size, self.model.config.train_timesteps
+        variant = g.integers(self.latents.shape[1], size=n)[part]
+        latent = self.latents[self.latent_rows[chosen], variant].astype(np.float32)
         times = (np.arange(n) + g.random(n)) / n * steps
+        noise = g.standard_normal((n, *latent.shape[1:]), dtype=np.float32)[part]
         return {
             **batch,
             "latent": torch.from_numpy(latent),
-            "noise": torch.from_numpy(g.standard_normal(latent.shape, dtype=np.float32)),
-            "t": torch.from_numpy(times.astype(np.int64).clip(max=steps - 1)),
-            "drop": torch.from_numpy(g.random(n) < self.config.condition_dropout),
+            "noise": torch.from_numpy(noise),
+            "t": torch.from_numpy(times.astype(np.int64).clip(max=steps - 1)[part]),
+            "drop": torch.from_numpy((g.random(n) < self.config.condition_dropout)[part]),
         }
 
     # --- after the training ---------------------------------------------------------------------------------------
@@ -657,7 +936,9 @@ class Trainer:
 
         Returns
         -------
-        ``classifier_accuracy`` (and of the validation donors); ``active_units`` of both halves; balanced accuracy of
+        ``classifier_accuracy`` (and of the validation donors); ``classifier_recall`` of each type that the test donors
+        have and their mean, ``classifier_balanced_accuracy``, which a rare type lowers as much as a frequent one;
+        ``active_units`` of both halves; balanced accuracy of
         a linear probe of the type from each half (``chance`` = 1 / types); ``neighbours_r2``: share of the variance of
         each type's root count in the tile that both halves together explain; R2 of linear probes of every
         ``programme_*`` column that the store knows.
@@ -666,8 +947,9 @@ class Trainer:
         z = {name: dict(zip(("z_c", "z_e"), self._means(some), strict=True)) for name, some in rows.items()}
         label = {name: self.label[some] for name, some in rows.items()}
         report: dict[str, Any] = {
-            "classifier_accuracy": self._accuracy("test"),
-            "classifier_accuracy_validation": self._accuracy("validation"),
+            "classifier_accuracy": float(self._right("test").mean()),
+            "classifier_accuracy_validation": float(self._right("validation").mean()),
+            **self._recall(),
             "chance": 1 / len(np.unique(label["test"])),
             "neighbours_r2": self._neighbours_r2(z["test"], self.neighbours[rows["test"]]),
         }
@@ -695,10 +977,16 @@ class Trainer:
         }
 
     @torch.inference_mode()
-    def _accuracy(self, name: str) -> float:
+    def _right(self, name: str) -> np.ndarray:
+        """bool ``[cell]``: the classifier names the cell's type."""
         rows = self.rows[name]
         logits = self.model.encoder.type_vae.logits(torch.from_numpy(self._means(rows)[0]))
-        return float((logits.argmax(1).numpy() == self.label[rows]).mean())
+        return logits.argmax(1).numpy() == self.label[rows]
+
+    def _recall(self) -> dict[str, Any]:
+        right, label = self._right("test"), self.label[self.rows["test"]]
+        recall = {self.model.cell_types[kind]: float(right[label == kind].mean()) for kind in np.unique(label)}
+        return {"classifier_recall": recall, "classifier_balanced_accuracy": float(np.mean([*recall.values()]))}
 
     def _psnr(self) -> float:
         tiles = self.store.tiles(self._some("test", 256))
@@ -706,17 +994,58 @@ class Trainer:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, metavar="DATA.zarr")
-    parser.add_argument("--scgpt", type=Path, required=True, metavar="DIR", help="folder of a scGPT checkpoint")
-    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
+    parser.add_argument("data", type=Path, nargs="?", metavar="DATA.zarr")
+    parser.add_argument("--scgpt", type=Path, metavar="DIR", help="folder of a scGPT checkpoint")
+    parser.add_argument("--out", type=Path, metavar="BUNDLE")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="demo")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE.json", help='fields in place of the preset\'s: {"model": {}, "train": {}}'
+    )
     parser.add_argument("--steps", type=int, help="of the main training; may be raised on a later --resume")
     parser.add_argument("--minutes", type=float, help="of this run; then the bundle is written, --resume goes on")
     parser.add_argument("--mixed-precision", choices=("no", "bf16"))
+    parser.add_argument("--accumulation", type=int, metavar="N", help="parts in which a process takes its batch")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that load ahead; 0 for none")
+    parser.add_argument("--class-alpha", type=float, metavar="A", help="0: types as they occur, 1: all alike")
+    parser.add_argument("--class-beta", type=float, metavar="B", help="of the effective number of cells; 1: the number")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--start-from", type=Path, metavar="BUNDLE", help="a finished bundle to train on from")
     parser.add_argument("--freeze-encoder", action="store_true", help="train the U-Net alone in the main stage")
+    parser.add_argument("--tensorboard", action="store_true", help="write the losses for TensorBoard, too")
     parser.add_argument("--resume", action="store_true", help="go on with the work in BUNDLE")
+    parser.add_argument("--cost", action="store_true", help="only say what the training would cost on one GPU")
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="of that GPU, bf16 without sparsity")
+    parser.add_argument("--utilisation", type=float, default=0.2, help="share of the peak that is reached, assumed")
+
+
+def preset_of(args: argparse.Namespace) -> Preset:
+    """The preset with the fields of ``--config`` and of the options in place of its own."""
+    preset, changes = PRESETS[args.preset], {}
+    if args.config is not None:
+        try:
+            changes = json.loads(args.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{args.config} cannot be read as JSON ({error}): see --config in --help.") from error
+        if not isinstance(changes, dict) or not all(isinstance(part, dict) for part in changes.values()):
+            raise BadInput(f'{args.config} must hold {{"model": {{...}}, "train": {{...}}}}.')
+        if unknown := sorted(set(changes) - {"model", "train"}):
+            raise BadInput(f"{args.config} has the part {unknown[0]!r}: known are model and train.")
+    names = ("steps", "mixed_precision", "seed", "accumulation", "workers", "class_alpha", "class_beta")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    model = from_json(ModelConfig, to_json(preset.model) | changes.get("model", {}))
+    train = from_json(TrainConfig, to_json(preset.train) | changes.get("train", {}) | given)
+    return Preset(model, replace(train, freeze_encoder=train.freeze_encoder or args.freeze_encoder))
+
+
+def _writer(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise BadInput(
+            "--tensorboard needs a package that is not installed: `pip install tensorboard`, or read the CSV files in "
+            f"{out / '.work'}."
+        ) from error
+    return SummaryWriter(str(out / ".work" / "tensorboard"))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -728,31 +1057,44 @@ def main(args: argparse.Namespace) -> None:
     deadline = float("inf") if args.minutes is None else time.monotonic() + 60 * args.minutes
     if args.steps is not None and args.steps < 1:
         raise BadInput(f"--steps is {args.steps}: give at least 1.")
+    preset = preset_of(args)
+    if args.cost:
+        from ge2hist_core.training_cost import Gpu, cost_table
+
+        print(cost_table(args.preset, preset, Gpu(args.peak_tflops, args.utilisation)))
+        return
+    if missing := [name for name in ("data", "scgpt", "out") if getattr(args, name) is None]:
+        raise BadInput(f"{'DATA.zarr' if missing[0] == 'data' else '--' + missing[0]} is not given: see --help.")
     if (args.out / ".work").exists() and not args.resume:
         raise BadInput(f"{args.out} holds the work of another run: go on with --resume, or choose another --out.")
-    preset = PRESETS[args.preset]
-    given = {name: getattr(args, name) for name in ("steps", "mixed_precision", "seed")}
-    config = replace(preset.train, **{name: value for name, value in given.items() if value is not None})
-    config = replace(config, freeze_encoder=args.freeze_encoder)
-    store = TissueStore(args.data)
+    store = TissueStore(args.data, preset.model.tile_px)
     model = replace(
         preset.model,
         embedding_dim=ScGPT.load(args.scgpt).dim,
         um_per_px=store.um_per_px,
         cell_types=CELL_TYPES if set(store.cell_types) <= set(CELL_TYPES) else store.cell_types,
     )
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores)))
     start = None if args.start_from is None else GE2Hist.load(args.start_from)
-    trainer = Trainer(store, args.scgpt, args.out, model, config, start=start)
+    trainer = Trainer(store, args.scgpt, args.out, model, preset.train, start=start)
+    main_process = trainer.accelerator.is_main_process
+    writer = _writer(args.out) if args.tensorboard and main_process else None
     bar: tqdm | None = None
     for record in trainer.run(deadline):
         if bar is None or bar.desc.rstrip(": ") != record.stage:
             if bar is not None:
                 bar.close()
-            bar = tqdm(total=record.total, desc=record.stage, disable=not trainer.accelerator.is_main_process)
+            bar = tqdm(total=record.total, desc=record.stage, disable=not main_process)
         bar.update(record.step - bar.n)
         bar.set_postfix({name: f"{value:.3f}" for name, value in record.terms.items()}, refresh=False)
+        if writer is not None:
+            for name, value in record.terms.items():
+                writer.add_scalar(f"{record.stage}/{name}", value, record.step)
     if bar is not None:
         bar.close()
-    if trainer.accelerator.is_main_process:
+    if writer is not None:
+        writer.close()
+    if main_process:
         print(json.dumps(trainer.model.report and trainer.model.report["separation"], indent=1))
+    trainer.accelerator.end_training()

@@ -126,11 +126,57 @@ def test_tiles_are_centred_on_the_cell(path, sections):
 
 
 def test_tiles_do_not_depend_on_the_cache(path, monkeypatch):
-    whole = TissueStore(path).tiles([0, 6, 11])
+    store = TissueStore(path)
+    whole = store.tiles([0, 6, 11])
+    assert 0 < store._pictures._held == sum(chunk.nbytes for chunk in store._pictures._chunks.values())
+    np.testing.assert_array_equal(store.tiles([0, 6, 11]), whole)
     monkeypatch.setattr(store_module, "CACHE_BYTES", 0)
     store = TissueStore(path)
     np.testing.assert_array_equal(store.tiles([0, 6, 11]), whole)
-    assert not store._decoded
+    assert not store._pictures._chunks and store._pictures._held == 0
+
+
+def test_tiles_over_the_borders_of_chunks_are_whole(tmp_path, monkeypatch):
+    """Chunks of 50 px: every tile lies over nine to sixteen of them; a cache of three evicts all the time."""
+    monkeypatch.setattr(store_module, "CHUNK_PX", 50)
+    monkeypatch.setattr(store_module, "CACHE_BYTES", 3 * 50 * 50 * 3)
+    section = make_section("A", 1)
+    write_store(tmp_path / "a.zarr", [section], GENES)
+    store = TissueStore(tmp_path / "a.zarr")
+    for row in (0, 1):
+        x, y = np.floor(CENTRES[row] + 0.5).astype(int) - TILE_PX // 2
+        np.testing.assert_array_equal(store.tiles([row])[0], section.image[y : y + TILE_PX, x : x + TILE_PX])
+    assert 0 < store._pictures._held <= 3 * 50 * 50 * 3
+
+
+def test_threads_read_the_same_tiles(path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    store, rows = TissueStore(path), [0, 1, 5, 6, 10, 11] * 4
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda row: store.tiles([row])[0], rows))
+    np.testing.assert_array_equal(together, TissueStore(path).tiles(rows))
+
+
+def test_tiles_of_another_size_are_centred_on_the_same_pixel(path):
+    small, usual = TissueStore(path, tile_px=64), TissueStore(path)
+    np.testing.assert_array_equal(small.tiles([0]), usual.tiles([0])[:, 32:96, 32:96])
+    assert small.interior.sum() >= usual.interior.sum()
+    assert small.neighbour_counts([5]).sum() <= usual.neighbour_counts([5]).sum()
+    with pytest.raises(BadInput, match="tile_px is 63: give an even number"):
+        TissueStore(path, tile_px=63)
+
+
+def test_a_damaged_picture_is_named(path, tmp_path):
+    import shutil
+
+    shutil.copytree(path, tmp_path / "a.zarr")
+    chunk = next(p for p in (tmp_path / "a.zarr" / "images" / "D1_image").rglob("c/*/*/*") if p.is_file())
+    chunk.write_bytes(b"no picture")
+    store = TissueStore(tmp_path / "a.zarr")
+    store.tiles([0])
+    with pytest.raises(BadInput, match="image of donor 'D1' in .* is damaged near pixel .*: write the store again"):
+        store.tiles([5, 6])
 
 
 def test_interior_means_the_whole_tile_is_in_the_section(path):

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from ge2hist_core import config as configuration
-from ge2hist_core import rng
+from ge2hist_core import rng, training
 from ge2hist_core.__main__ import COMMANDS, run_command
-from ge2hist_core.config import ModelConfig, Preset, TrainConfig
+from ge2hist_core.config import ModelConfig, Preset, TrainConfig, to_json
 from ge2hist_core.denoiser import Denoiser
 from ge2hist_core.model import GE2Hist
 from ge2hist_core.sampler import alphas_cumprod
 from ge2hist_core.store import TissueStore, write_store
-from ge2hist_core.training import MainObjective, Trainer, dihedral, learning_rate
+from ge2hist_core.training import MainObjective, Trainer, class_weights, dihedral, learning_rate
+from ge2hist_core.training_cost import Gpu, hours, stage_costs
 from ge2hist_core.types import BadInput
 from ge2hist_core.vae import StateEncoder
 
@@ -124,8 +132,9 @@ def test_every_stage_was_trained(finished: Trainer, scgpt_folder: Path):
 
 def test_the_work_of_other_settings_is_not_mixed_in(finished: Trainer, store: TissueStore, scgpt_folder: Path):
     other = Trainer(store, scgpt_folder, finished.out, MODEL, replace(TRAIN, beta=0.3))
-    with pytest.raises(BadInput, match="made with other data or settings: use the same, or choose another --out"):
-        next(other.run())
+    expected = r"other data or settings \(beta was 0.2, now it is 0.3\): use the same, or choose another --out"
+    with pytest.raises(BadInput, match=expected):
+        list(other.run())
 
 
 def test_a_run_goes_on_from_a_finished_bundle(
@@ -192,6 +201,283 @@ def test_a_bundle_that_does_not_fit_is_no_start(finished: Trainer, store: Tissue
     start.report["donors"]["train"] = [held_out]
     with pytest.raises(BadInput, match=f"has learned from donor '{held_out}', which this store holds out"):
         Trainer(store, scgpt_folder, tmp_path / "b", MODEL, TRAIN, start=start)
+
+
+# --- parts, processes, workers, precision ----------------------------------------------------------------------------
+
+EVEN = replace(TRAIN, batch_size=4, autoencoder_batch=4)
+"""Batches that two can share."""
+
+
+def losses(out: Path, stage: str) -> np.ndarray:
+    """``[step, term]`` of a stage's log."""
+    return np.genfromtxt(out / ".work" / f"{stage}.csv", delimiter=",", skip_header=1)
+
+
+@pytest.fixture(scope="module")
+def alone(store: TissueStore, scgpt_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """One process, whole batches."""
+    trainer = Trainer(store, scgpt_folder, tmp_path_factory.mktemp("alone") / "b", MODEL, EVEN)
+    for _ in trainer.run():
+        pass
+    return trainer
+
+
+def assert_same_curves(out: Path, reference: Path) -> None:
+    """Rounding differs in the seventh digit of a gradient, and Adam carries it on: 2e-3 of a term, or 2e-4."""
+    for stage in ("autoencoder", "vae", "states", "main"):
+        ours, theirs = losses(out, stage), losses(reference, stage)
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4, err_msg=stage)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulated_parts_learn_as_the_whole_batch(
+    alone: Trainer, store: TissueStore, scgpt_folder: Path, tmp_path: Path, accumulation: int
+):
+    config = replace(EVEN, accumulation=accumulation)
+    for _ in Trainer(store, scgpt_folder, tmp_path / "b", MODEL, config).run():
+        pass
+    assert_same_curves(tmp_path / "b", alone.out)
+
+
+def test_any_number_of_workers_ends_in_the_same_bits(
+    alone: Trainer, store: TissueStore, scgpt_folder: Path, tmp_path: Path
+):
+    for _ in Trainer(store, scgpt_folder, tmp_path / "b", MODEL, replace(EVEN, workers=3)).run():
+        pass
+    assert weights(tmp_path / "b") == weights(alone.out)
+
+
+def test_a_batch_that_cannot_be_cut_evenly_is_refused(store: TissueStore, scgpt_folder: Path, tmp_path: Path):
+    with pytest.raises(BadInput, match="batch_size is 4, which 1 processes with 3 .* choose a multiple of 3"):
+        Trainer(store, scgpt_folder, tmp_path / "b", MODEL, replace(EVEN, accumulation=3))
+
+
+def launched(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """``accelerate launch -m ge2hist_core train`` on two CPU processes, with one thread each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+    return subprocess.run(
+        [sys.executable, *launch, "-m", "ge2hist_core", "train", *arguments],
+        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
+
+
+def test_two_processes_have_the_loss_curve_of_one_and_one_goes_on_from_two(
+    alone: Trainer, data: Path, store: TissueStore, scgpt_folder: Path, tmp_path: Path
+):
+    (tmp_path / "c.json").write_text(json.dumps({"model": to_json(MODEL), "train": to_json(EVEN)}))
+    arguments = [str(data), "--scgpt", str(scgpt_folder), "--config", str(tmp_path / "c.json")]
+    done = launched([*arguments, "--out", str(tmp_path / "b"), "--minutes", "0"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"classifier_accuracy":') == 1, "the main process alone prints"
+    assert len((tmp_path / "b" / ".work" / "main.csv").read_text().splitlines()) == 2
+    shutil.copytree(tmp_path / "b", tmp_path / "two")
+    records = list(Trainer(store, scgpt_folder, tmp_path / "b", MODEL, EVEN).run())
+    assert [r.step for r in records] == [2, 3, 4, 5, 6, 7], "one process goes on from two"
+    assert_same_curves(tmp_path / "b", alone.out)
+    done = launched([*arguments, "--out", str(tmp_path / "two"), "--resume"])
+    assert done.returncode == 0, done.stderr
+    assert_same_curves(tmp_path / "two", alone.out)
+    latents = [np.load(out / ".work" / "latents.npy").astype(np.float32) for out in (tmp_path / "two", alone.out)]
+    np.testing.assert_allclose(*latents, atol=0.02)
+
+
+def test_bf16_keeps_weights_in_float32_and_stays_near(
+    alone: Trainer, store: TissueStore, scgpt_folder: Path, tmp_path: Path
+):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # accelerate fixes the precision once per process
+    try:
+        trainer = Trainer(store, scgpt_folder, tmp_path / "b", MODEL, replace(EVEN, mixed_precision="bf16"))
+        for _ in trainer.run():
+            pass
+    finally:
+        AcceleratorState._reset_state()
+    main = torch.load(trainer.work / "main.pt", weights_only=True)["objective"]
+    assert {value.dtype for value in main.values()} == {torch.float32}
+    ours, theirs = losses(tmp_path / "b", "main"), losses(alone.out, "main")
+    assert (ours != theirs).any()
+    np.testing.assert_allclose(ours[:, 1], theirs[:, 1], rtol=0.05)
+
+
+# --- rare types ------------------------------------------------------------------------------------------------------
+
+
+def shares(label: np.ndarray, alpha: float, beta: float) -> np.ndarray:
+    weight = class_weights(label, alpha, beta)
+    return np.bincount(label, weights=weight) / weight.sum()
+
+
+def test_the_weights_of_38_unequal_types_follow_the_stated_power():
+    n = np.maximum(1, 20000 * 0.75 ** np.arange(38)).astype(int)
+    label = np.repeat(np.arange(38), n)
+    for alpha in (0.0, 0.5, 1.0):
+        np.testing.assert_allclose(shares(label, alpha, 1.0), n ** (1 - alpha) / (n ** (1 - alpha)).sum(), rtol=1e-9)
+    # The effective number is the sum of a geometric series (Cui et al. 2019, proposition 1).
+    series = np.array([(0.99 ** np.arange(k)).sum() for k in n])
+    np.testing.assert_allclose(shares(label, 1.0, 0.99), n / series / (n / series).sum(), rtol=1e-9)
+
+
+def test_the_default_weights_are_the_inverse_square_root_to_the_last_bit():
+    label = np.repeat(np.arange(10), rng.stream(0, "sizes").integers(1, 9999, 10))
+    expected = 1 / np.sqrt(np.bincount(label)[label])
+    assert class_weights(label, 0.5, 1.0).tobytes() == expected.tobytes()
+
+
+def test_rare_types_are_kept_beyond_the_limit_of_a_donor(store: TissueStore):
+    rows = store.rows(store.donors)
+
+    def kept(least: int) -> np.ndarray:
+        config = TrainConfig(cells_per_donor=2, cells_per_type=least)
+        return Trainer._limited(SimpleNamespace(config=config, store=store), rows)  # type: ignore[arg-type]
+
+    table = store.obs.iloc[kept(1)]
+    assert set(kept(0)) <= set(kept(1)) and len(np.unique(kept(1))) == len(kept(1))
+    there = store.obs.iloc[rows]
+    assert set(zip(table["donor"], table["cell_type"], strict=True)) == set(
+        zip(there["donor"], there["cell_type"], strict=True)
+    )
+
+
+def test_balanced_accuracy_is_the_mean_recall(finished: Trainer):
+    report, right = finished.separation(), finished._right("test")
+    label = finished.label[finished.rows["test"]]
+    recall = report["classifier_recall"]
+    assert set(recall) == {MODEL.cell_types[kind] for kind in np.unique(label)}
+    n = {MODEL.cell_types[kind]: (label == kind).sum() for kind in np.unique(label)}
+    assert sum(recall[name] * n[name] for name in n) == pytest.approx(right.sum())
+    assert report["classifier_balanced_accuracy"] == pytest.approx(np.mean(list(recall.values())))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("mixed_precision", "fp8", "choose no or bf16"),
+        ("class_alpha", -1.0, "from 0 to 2"),
+        ("class_beta", 0.0, "above 0"),
+        ("accumulation", 0, "whole number from 1"),
+        ("workers", -1, "whole number from 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(field: str, value: object, text: str):
+    with pytest.raises(BadInput, match=f"{field} is {value!r}: choose .*{text}|{field} is {value!r}: {text}"):
+        replace(TRAIN, **{field: value})
+
+
+# --- what can go wrong -----------------------------------------------------------------------------------------------
+
+
+def test_work_from_before_the_newer_settings_goes_on(finished: Trainer, tmp_path: Path):
+    """Checkpoints of the first format know neither settings nor the fields that came later."""
+    shutil.copytree(finished.out, tmp_path / "b")
+    path = tmp_path / "b" / ".work" / "main.pt"
+    state = torch.load(path, weights_only=True)
+    known = {k: v for k, v in to_json(TRAIN).items() if k not in training._FREE and k not in training._YOUNGER}
+    digest = hashlib.sha256(json.dumps([to_json(MODEL), known, finished.model.scgpt.sha256]).encode())
+    cells = finished.store.cells
+    for array in (cells.counts.data, cells.counts.indices, cells.counts.indptr):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update("\n".join(cells.cell_id).encode())
+    digest.update(finished.store.tiles(finished.rows["train"][:8]).tobytes())
+    assert state["identity"] == digest.hexdigest()
+    torch.save({name: value for name, value in state.items() if name != "settings"}, path)
+    trainer = Trainer(finished.store, finished.model.scgpt_folder, tmp_path / "b", MODEL, replace(TRAIN, steps=8))
+    assert [r.step for r in trainer.run()] == [8]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK no archive", None])
+def test_a_damaged_checkpoint_is_named(finished: Trainer, tmp_path: Path, content: bytes | None):
+    shutil.copytree(finished.out, tmp_path / "b")
+    path = tmp_path / "b" / ".work" / "main.pt"
+    path.write_bytes(path.read_bytes()[:-500] if content is None else content)
+    trainer = Trainer(finished.store, finished.model.scgpt_folder, tmp_path / "b", MODEL, TRAIN)
+    with pytest.raises(BadInput, match="main.pt is damaged: delete it to repeat its stage"):
+        list(trainer.run())
+    path.unlink()
+    assert [r.stage for r in trainer.run()] == ["main"] * TRAIN.steps
+
+
+def test_a_damaged_array_is_named(finished: Trainer, tmp_path: Path):
+    shutil.copytree(finished.out, tmp_path / "b")
+    path = tmp_path / "b" / ".work" / "latents.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    trainer = Trainer(finished.store, finished.model.scgpt_folder, tmp_path / "b", MODEL, TRAIN)
+    with pytest.raises(BadInput, match="latents.npy or latents.json beside it is damaged: delete both"):
+        list(trainer.run())
+
+
+def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(finished: Trainer, tmp_path: Path):
+    """The system's own limit on the size of a file stands in for the full disk: the same error by another number."""
+    resource = pytest.importorskip("resource")
+    shutil.copytree(finished.out, tmp_path / "b")
+    path = tmp_path / "b" / ".work" / "main.pt"
+    before = path.read_bytes()
+    trainer = Trainer(finished.store, finished.model.scgpt_folder, tmp_path / "b", MODEL, replace(TRAIN, steps=8))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(BadInput, match="no room to write .*main.pt .*go on with --resume"):
+            list(trainer.run())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob(".main*"))
+
+
+def test_half_a_row_of_a_killed_log_is_dropped(tmp_path: Path):
+    path = tmp_path / "x.csv"
+    path.write_text("step,loss\r\n1,0.5\r\n2,0.25\r\n3,0.1\r\n1")
+    log = training._Log(path)
+    log.start(2)
+    log.add({"step": 3, "loss": 0.125})
+    log.flush()
+    assert path.read_text().split() == ["step,loss", "1,0.5", "2,0.25", "3,0.125"]
+
+
+# --- presets and their cost ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "tile_px"), [("paper", 128), ("paper-256", 256)])
+def test_the_paper_presets_have_the_papers_sizes(name: str, tile_px: int):
+    preset = configuration.PRESETS[name]
+    m = preset.model
+    assert (m.embedding_dim, m.d_c + m.d_e, m.train_timesteps, m.tile_px) == (256, 64, 1000, tile_px)
+    assert (preset.train.beta, preset.train.gamma) == (0.2, 0.1)
+
+
+def test_counted_operations_are_those_of_the_layers():
+    """A linear layer of a x b takes 2ab forward and 4ab backward, 2ab less where the input needs no gradient."""
+    costs = {cost.stage: cost for cost in stage_costs(Preset(MODEL, TRAIN))}
+    encoder = StateEncoder(MODEL)
+    # q_c, both reconstructions and the classifier; the first layer's input is data.
+    linear = [m for m in encoder.modules() if isinstance(m, torch.nn.Linear)]
+    unused = [m for m in encoder.niche_vae.neighbours if isinstance(m, torch.nn.Linear)]
+    first = [encoder.type_vae.encoder[0], encoder.niche_vae.encoder[0]]
+    size = {id(m): m.in_features * m.out_features for m in linear}
+    passes = 6 * sum(size.values()) - 6 * sum(size[id(m)] for m in unused) - 2 * sum(size[id(m)] for m in first)
+    # The residual, made once as input and once as target, asks the classifier, forward alone, and mixes types' means.
+    again = sum(2 * size[id(m)] for m in encoder.type_vae.classifier if isinstance(m, torch.nn.Linear))
+    assert costs["vae"].flops_per_cell == passes + 2 * (again + 2 * 10 * 16)
+    assert costs["main"].flops == costs["main"].flops_per_cell * 3 * 7
+    assert hours(989e12 * 0.2 * 3600, Gpu(989.0, 0.2)) == pytest.approx(1.0)
+
+
+def test_the_command_states_the_cost_of_the_paper_and_its_assumptions(capsys: pytest.CaptureFixture[str]):
+    """One real forward and backward pass of every stage at the paper's sizes."""
+    train = ["train", "--preset", "paper", "--cost", "--peak-tflops", "312", "--utilisation", "0.3"]
+    assert run_command("ge2hist", "", COMMANDS, train) == 0
+    text = capsys.readouterr().out
+    assert "on one GPU of 312 TFLOP/s at a utilisation of 30%" in text and "assumptions" in text
+    main = next(line.split() for line in text.splitlines() if line.startswith("main"))
+    flops, steps, asked = float(main[4]) * 1e9, int(main[5].replace(",", "")), float(main[6])
+    assert steps == 400_000 and asked == pytest.approx(flops * steps / (312e12 * 0.3) / 3600, abs=0.01)
 
 
 # --- equation (9) ----------------------------------------------------------------------------------------------------
@@ -353,3 +639,12 @@ def test_the_command_trains_refuses_to_overwrite_and_resumes(
     assert GE2Hist.load(tmp_path / "b").report["steps"] == 3
     assert run_command("ge2hist", "", COMMANDS, [*train, "--steps", "0"]) == 2
     assert "--steps is 0: give at least 1" in capsys.readouterr().err
+    refused = [*train, "--steps", "4", "--resume", "--tensorboard"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run_command("ge2hist", "", COMMANDS, refused) == 2
+    assert "pip install tensorboard" in capsys.readouterr().err
+    assert run_command("ge2hist", "", COMMANDS, ["train"]) == 2
+    assert "DATA.zarr is not given" in capsys.readouterr().err
+    (tmp_path / "c.json").write_text('{"train": {"batchsize": 3}}')
+    assert run_command("ge2hist", "", COMMANDS, [*train, "--resume", "--config", str(tmp_path / "c.json")]) == 2
+    assert "Unknown field 'batchsize' in TrainConfig" in capsys.readouterr().err
