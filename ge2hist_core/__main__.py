@@ -27,7 +27,7 @@ COMMANDS = {
     "demo-cells": ("ge2hist_core.demo_cells", "write example cells of donors that a bundle has not seen"),
     "real-tiles": ("ge2hist_core.real_tiles", "keep some training tiles in a bundle, to stand beside generated ones"),
     "card": ("ge2hist_core.model_card", "write a bundle's model card from its figures"),
-    "evaluate": ("ge2hist_core.evaluation", "compare a bundle's pictures with real tiles of the same cells"),
+    "evaluate": ("ge2hist_core.evaluation.command", "compare a bundle's pictures with real tiles of the same cells"),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,10 +17,16 @@ from ge2hist_core import rng
 from ge2hist_core.config import READER_CLASSES
 from ge2hist_core.types import BadInput
 
+if TYPE_CHECKING:
+    from ge2hist_core.model import GE2Hist
+    from ge2hist_core.types import Cells
+
 __all__ = ["add_arguments", "main"]
 
 LEAST_CELLS = 4
 """Fewer have no UMAP."""
+NEIGHBOURS = 15
+"""Of each cell on the map; scanpy's default."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,14 +44,44 @@ def _balanced(cell_type: np.ndarray, rows: np.ndarray, n: int, seed: int) -> np.
     return np.sort(order[np.argsort(place, kind="stable")[:n]])
 
 
+def _embedded(model: GE2Hist, cells: Cells, seed: int) -> np.ndarray:
+    """Embeddings ``[cell, dim]`` float32, computed in float64 so that no rounding of a sum on the way is left in them.
+
+    In float32 the last bit depends on the number of threads and on where an array lies in memory.
+    """
+    import torch
+
+    from ge2hist_core.embedding import ScGPT
+
+    return ScGPT.load(model.scgpt_folder, dtype=torch.float64).embed(cells, seed)
+
+
 def _umap(embedding: np.ndarray, seed: int) -> np.ndarray:
+    """A map ``[cell, 2]`` float32, the same to the last bit on any number of threads.
+
+    A UMAP magnifies a last bit to the width of the map. Distances therefore come from a tree, which sums in a fixed
+    order where matrix products do not, and the start is rounded.
+    """
     import scanpy
     from anndata import AnnData
+    from sklearn.neighbors import KNeighborsTransformer
 
-    table = AnnData(embedding)
-    scanpy.pp.neighbors(table, use_rep="X", random_state=seed)
-    scanpy.tl.umap(table, random_state=seed)
+    table = AnnData(embedding.astype(np.float64))
+    n = min(NEIGHBOURS, len(embedding) - 1)
+    tree = KNeighborsTransformer(n_neighbors=n, algorithm="ball_tree")
+    scanpy.pp.neighbors(table, n, use_rep="X", transformer=tree, random_state=seed)
+    scanpy.tl.umap(table, init_pos=_start(table.X), random_state=seed)
     return np.asarray(table.obsm["X_umap"], dtype=np.float32)
+
+
+def _start(x: np.ndarray) -> np.ndarray:
+    """The first two principal components in standard deviations, six decimals, ``[cell, 2]``."""
+    x = x - x.mean(axis=0)
+    _, vectors = np.linalg.eigh(np.einsum("ci,cj->ij", x, x))
+    axes = vectors[:, :-3:-1]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), [0, 1]])
+    places = x @ axes
+    return np.round(places / places.std(axis=0), 6)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -68,5 +105,5 @@ def main(args: argparse.Namespace) -> None:
     truth = pd.DataFrame(niche).add_prefix("niche_")
     programmes = [name for name in store.obs.columns if name.startswith("programme_")]
     truth[programmes] = store.obs[programmes].to_numpy()[rows]
-    write_cells(cells, args.out, truth, store.var, _umap(model.embed(cells, args.seed), args.seed))
+    write_cells(cells, args.out, truth, store.var, _umap(_embedded(model, cells, args.seed), args.seed))
     print(f"{len(rows)} cells of {len(set(cells.donor))} held-out donors in {args.out}")

@@ -2,7 +2,8 @@
 
 Bundle: ``bundle.json`` (format, sizes, versions, report of the training), ``scgpt/`` (official layout),
 ``vae.safetensors``, ``autoencoder.safetensors``, ``unet/`` and ``scheduler/`` (diffusers), ``mixture.safetensors``,
-``support.safetensors``, and, once trained, the nuclei reader. Nothing in it is executed on loading.
+``support.safetensors``, and, once trained, the nuclei reader, once fitted, ``gates.safetensors`` and ``gates.json``.
+Nothing in it is executed on loading.
 
 Same picture in any batch. Convolutions and matrix products on a CPU choose their algorithm, and with it the order of
 summation, by batch size: the network's outputs differ by about 2e-6 between sizes 1, 2, 4, 8 (within one size,
@@ -40,21 +41,25 @@ from ge2hist_core.vae import Mixture, StateEncoder
 
 if TYPE_CHECKING:
     from ge2hist_core.embedding import ScGPT
+    from ge2hist_core.gates import Gates
     from ge2hist_core.nuclei import LearnedReader
     from ge2hist_core.store import TissueStore
 
-__all__ = ["CHUNK", "FORMAT", "GE2Hist", "Preview"]
+__all__ = ["CHUNK", "FORMAT", "GATE_FILES", "GE2Hist", "Preview"]
 
 FORMAT = 3
 READS = (2, 3)
 """In format 2 the niche VAE saw the whole embedding: its statistics of types are 0 and 1."""
 CHUNK = 4
+GATE_FILES = ("gates.json", "gates.safetensors")
+"""In the order in which they are removed: without the first the second is not looked at."""
 
 _ENCODER_FILES = ("args.json", "vocab.json", "best_model.pt")
 _HASHED = (
     "bundle.json",
     "*.safetensors",
     "reader.json",
+    "gates.json",
     *(f"scgpt/{name}" for name in _ENCODER_FILES),
     "unet/*",
     "scheduler/*",
@@ -91,6 +96,7 @@ class GE2Hist:
     mixture, support: None until fitted. reader: None until trained.
     report: figures of the training, plain JSON.
     folder: the bundle it was loaded from or saved to.
+    gates: fitted on exactly these weights and this reader: whoever changes one sets them to None. None until fitted.
     """
 
     config: ModelConfig
@@ -104,6 +110,7 @@ class GE2Hist:
     reader: LearnedReader | None = None
     report: dict[str, Any] | None = None
     folder: Path | None = None
+    gates: Gates | None = None
 
     def __post_init__(self) -> None:
         if self.scgpt.dim != self.config.embedding_dim:
@@ -317,7 +324,10 @@ class GE2Hist:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write every part, each atomically and ``bundle.json`` last; other files in the folder stay."""
+        """Write every part, each atomically and ``bundle.json`` last; other files in the folder stay.
+
+        Gates that lie there from before, of other weights, are removed.
+        """
         import diffusers
         from diffusers import DDPMScheduler
 
@@ -348,6 +358,11 @@ class GE2Hist:
             _save_arrays(folder / "support.safetensors", {**vars(self.support), "cell_id": names})
         if self.reader is not None:
             self.reader.save(folder)
+        if self.gates is not None:
+            self.gates.save(folder)
+        else:
+            for name in GATE_FILES:
+                (folder / name).unlink(missing_ok=True)
         header = {
             "format": FORMAT,
             "config": to_json(self.config),
@@ -359,8 +374,12 @@ class GE2Hist:
         self.__dict__.pop("sha256", None)
 
     @classmethod
-    def load(cls, folder: str | Path) -> GE2Hist:
+    def load(cls, folder: str | Path, *, gates: bool = True) -> GE2Hist:
         """Open a bundle.
+
+        Parameters
+        ----------
+        gates: False leaves them aside, as who fits them anew does: gates of earlier weights do not open.
 
         Raises
         ------
@@ -392,8 +411,14 @@ class GE2Hist:
         scgpt = ScGPT.load(folder / "scgpt")
         return cls(
             config, scgpt, folder / "scgpt", encoder, autoencoder, denoiser, mixture, support, reader,
-            header.get("training"), folder,
+            header.get("training"), folder, _load_gates(folder) if gates else None,
         )  # fmt: skip
+
+
+def _load_gates(folder: Path) -> Gates | None:
+    from ge2hist_core.gates import Gates
+
+    return Gates.load(folder)
 
 
 def _header(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ge2hist_core.config import PRESETS
+from ge2hist_core.evaluation.report import section_markdown, sections
 from ge2hist_core.files import atomic_path
 from ge2hist_core.types import BadInput
 
@@ -56,7 +57,7 @@ def model_card(bundle: Path) -> str:
     training, reader = header.get("training") or {}, _read(bundle / "reader.json")
     evaluation, pretraining = _read(bundle / "evaluation.json"), _read(bundle / "scgpt" / "pretraining.json")
     parts = [_what(header), _made(header, pretraining, reader, evaluation), _separation(training), _reader(reader)]
-    parts += [_evaluation(evaluation), _limits(training), _notes(bundle)]
+    parts += [_evaluation(evaluation), *_contest(evaluation), _limits(training), _notes(bundle)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -117,7 +118,7 @@ def _made(
             f"python -m ge2hist_core evaluate BUNDLE DATA.zarr --out BUNDLE --tiles "
             f"{evaluation['generated_vs_real']['n']} --reference-tiles {steps[0]['n'] if steps else 0} --edit-cells "
             f"{evaluation.get('driver_programmes', {}).get('n_cells', 0)} --steps {sample['steps']} --guidance "
-            f"{sample['guidance']:g} --seed {evaluation['seed']}"
+            f"{sample['guidance']:g} --seed {evaluation['seed']}" + _counts(evaluation) + _rivals(evaluation)
         )
     if simulation:
         lines.append("python -m ge2hist_core demo-cells DATA.zarr --bundle BUNDLE --out CELLS.h5ad")
@@ -143,6 +144,18 @@ def _made(
         "steps as gave nuclei on latents.",
     ]
     return "\n".join(lines)
+
+
+def _counts(evaluation: Mapping[str, Any]) -> str:
+    """Options of the numbers that an evaluation before this version did not have."""
+    names = ("type_pictures", "training_cells", "classified_cells")
+    counts = evaluation.get("counts") or {}
+    return "".join(f" --{name.replace('_', '-')} {counts[name]}" for name in names if counts.get(name) is not None)
+
+
+def _rivals(evaluation: Mapping[str, Any]) -> str:
+    names = [name for name, m in (evaluation.get("methods") or {}).items() if m["kind"] == "rival"]
+    return " --rivals " + " ".join(name.upper().replace(":", "_") for name in names) if names else ""
 
 
 def _runs(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -270,6 +283,14 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
                 f"{_number(e['true'], form)}{unit} | {_number(e['model'], form)}{unit} |"
             )
     return "\n".join(rows)
+
+
+_CONTEST = ("verdicts", "table_1", "figure_3", "separation", "central_types", "read_back")
+
+
+def _contest(evaluation: Mapping[str, Any]) -> list[str]:
+    """The paper's tables with its competitors, as ``evaluate`` tells them."""
+    return [section_markdown(section) for section in sections(evaluation) if section.key in _CONTEST]
 
 
 def _limits(training: Mapping[str, Any]) -> str:

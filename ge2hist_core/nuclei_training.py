@@ -317,7 +317,8 @@ def judge(reader: LearnedReader, tiles: Tiles) -> dict[str, Any]:
     ``precision``, ``recall``, ``f1`` and ``count_bias`` (found / true - 1) over all nuclei matched within 6 um;
     ``f1_3um``; ``centre_error_um`` and ``area_bias`` (mean found / mean true - 1) of the matched; ``type_accuracy`` of
     the matched; ``composition_kl_nats`` of found from true; ``count_sd`` of found - true per tile; ``confusion``: true
-    type -> found type -> matched nuclei; ``n_tiles``, ``n_nuclei``.
+    type -> found type -> matched nuclei; ``true_counts`` and ``found_counts``: type -> all nuclei, matched or not;
+    ``n_tiles``, ``n_nuclei``.
     """
     table = pd.DataFrame(0, index=pd.Index(tiles.classes), columns=pd.Index(tiles.classes))
     distances, areas, difference = [], [], []
@@ -351,6 +352,8 @@ def judge(reader: LearnedReader, tiles: Tiles) -> dict[str, Any]:
         "composition_kl_nats": composition_kl(true_count, found_count),
         "count_sd": float(np.std(difference)),
         "confusion": table.to_dict("index"),
+        "true_counts": dict(zip(tiles.classes, true_count.tolist(), strict=True)),
+        "found_counts": dict(zip(tiles.classes, found_count.tolist(), strict=True)),
         "n_tiles": len(tiles),
         "n_nuclei": n_true,
     }
@@ -405,6 +408,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from ge2hist_core.model import GATE_FILES
     from ge2hist_core.store import TissueStore
 
     config = ReaderConfig(steps=args.steps, batch_size=args.batch_size, seed=args.seed)
@@ -437,6 +441,8 @@ def main(args: argparse.Namespace) -> None:
         reader.figures["reconstructed"] = judge(reader, reconstructed(test, autoencoder))
     reader.figures |= {"donors": split["test"], "data": store.path.name, "train": to_json(config)}
     reader.figures["learned_from"] = store.provenance
+    for name in GATE_FILES:  # those of an earlier reader do not open any more
+        (args.out / name).unlink(missing_ok=True)
     reader.save(args.out)
     checkpoint.unlink(missing_ok=True)
     print(json.dumps({name: value for name, value in reader.figures.items() if not isinstance(value, dict)}, indent=1))

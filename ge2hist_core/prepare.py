@@ -1,9 +1,13 @@
-"""``python -m ge2hist_core prepare OUTS --image HE.tif --out DATA.zarr``: a lab's slide as a store to train on.
+"""``python -m ge2hist_core prepare INPUT --image HE.tif --out DATA.zarr``: a lab's slide as a store to train on.
 
-A Visium HD run and its H&E become the same SpatialData store that ``simulate`` writes: registration is checked, nuclei
-are outlined, 2-um bins summed per nucleus, cells labelled, and the slide cut into regions that take the place of donors
-when cells are split for training. Regions are kept apart by a gap, and each has a picture of its own, so no tile of one
-shows a pixel of another.
+What INPUT is shows by its files (:func:`recognise`): a Visium HD run, a Xenium output folder, a SpatialData store that
+others made, a Visium run, or a folder of classic ST sections. All become the same SpatialData store that ``simulate``
+writes: registration is checked, cells are outlined and labelled, and the slide is cut into regions that take the place
+of donors when cells are split for training. Regions are kept apart by a gap, and each has a picture of its own, so no
+tile of one shows a pixel of another.
+
+Of a Visium HD run nuclei are found in the H&E and 2-um bins summed per nucleus. Xenium and SpatialData give outlines
+and counts of their own. Of spot data each spot is one row, ``unit: spot``: what is learned from it is about spots.
 
 Everything but the store goes to ``DATA.zarr.prepare`` beside it: ``report.json``, ``registration.png``,
 ``barcode_mappings.parquet`` (which bin went to which cell) and, until the store is written, the finished stages, which
@@ -20,7 +24,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,12 +40,23 @@ from ge2hist_core.segmentation import SEGMENTERS, Crop
 from ge2hist_core.types import BadInput
 
 if TYPE_CHECKING:
+    from ge2hist_core.slide_cells import Account, SlideCells
     from ge2hist_core.slide_image import SlideImage
     from ge2hist_core.store import SectionRecord
     from ge2hist_core.visium_hd import Ledger, SpaceRanger
 
-__all__ = ["Settings", "add_arguments", "main", "prepare"]
+__all__ = ["KINDS", "Settings", "add_arguments", "main", "prepare", "recognise"]
 
+KINDS = {
+    "visium-hd": "a Visium HD run (Space Ranger's `outs`)",
+    "xenium": "a Xenium output folder",
+    "spatialdata": "a SpatialData store",
+    "visium": "a Visium run (Space Ranger's `outs`)",
+    "st": "a folder of ST sections (NAME.counts.tsv, NAME.spots.tsv, NAME.jpg)",
+}
+SPOT_KINDS = ("visium", "st")
+ST_UM_PER_PX = 1.0
+"""Scale for ST where none is given: a tile then holds a spot of 100 um."""
 OWN_OUTLINES = "space-ranger"
 FROM_FILE = "geojson"
 METHODS = (*SEGMENTERS, OWN_OUTLINES, FROM_FILE)
@@ -70,11 +85,16 @@ class Settings:
 
     Parameters
     ----------
-    folder: Space Ranger's ``outs``. image: full-resolution H&E. out: the store to write.
+    folder: what :func:`recognise` knows. image: full-resolution H&E, None where the folder holds it. out: the store.
+    alignment: Xenium Explorer's matrix from px of the H&E to px of the morphology image.
     segmenter: one of ``METHODS``. weights: of StarDist or InstanSeg. outlines: GeoJSON for ``geojson``.
-    whole_cells: with ``space-ranger``, count the bins of its cell outlines instead of its nuclei.
+    whole_cells: with ``space-ranger`` or Xenium, count cell outlines instead of nuclei.
     expand_um: nuclei are grown by so much before bins are assigned, towards the cytoplasm.
-    labels, label_column, markers, celltypist: where types come from; one of the three or none.
+    labels, label_column, markers, celltypist, clusters: where types come from; one or none. ``label_column`` is of the
+        table of labels or, without one, of the input's own table. clusters: how many, by expression.
+    image_element, cells_element, table, coordinate_system, um_per_unit, layer: of a SpatialData store, where it leaves
+        a choice.
+    spot_pitch_um: distance of ST's spots. spot_um: their diameter.
     regions: ``auto`` or rows x columns. gap_um: between regions, one tile if None.
     donor: name of the slide's donor, the folder's name if None.
     um_per_px: scale of the store's picture.
@@ -84,8 +104,9 @@ class Settings:
     """
 
     folder: Path
-    image: Path
+    image: Path | None
     out: Path
+    alignment: Path | None = None
     segmenter: str = "classical"
     weights: Path | None = None
     outlines: Path | None = None
@@ -95,6 +116,15 @@ class Settings:
     label_column: str | None = None
     markers: Path | None = None
     celltypist: str | None = None
+    clusters: int | None = None
+    image_element: str | None = None
+    cells_element: str | None = None
+    table: str | None = None
+    coordinate_system: str | None = None
+    um_per_unit: float | None = None
+    layer: str | None = None
+    spot_pitch_um: float = 200.0
+    spot_um: float = 100.0
     regions: str = "auto"
     gap_um: float | None = None
     donor: str | None = None
@@ -113,22 +143,32 @@ class Settings:
             raise BadInput(f"segmenter is {self.segmenter!r}: choose {', '.join(METHODS)}.")
         if (self.segmenter == FROM_FILE) != (self.outlines is not None):
             raise BadInput("--outlines and --segmenter geojson belong together: give both or neither.")
-        if self.whole_cells and self.segmenter != OWN_OUTLINES:
-            raise BadInput(f"--whole-cells needs the outlines of --segmenter {OWN_OUTLINES}: give both or neither.")
-        if sum(value is not None for value in (self.labels, self.markers, self.celltypist)) > 1:
-            raise BadInput("--labels, --markers and --celltypist each label all cells: give one.")
+        given = (self.labels, self.markers, self.celltypist, self.clusters)
+        if sum(value is not None for value in given) > 1:
+            raise BadInput("--labels, --markers, --celltypist and --clusters each label all cells: give one.")
         if not 0 <= self.expand_um <= 20:
             raise BadInput(f"expand_um is {self.expand_um:g}: choose 0 to 20 um.")
         if not 0.1 <= self.um_per_px <= 1.0:
             raise BadInput(f"um_per_px is {self.um_per_px:g}: choose 0.1 to 1 um per pixel.")
         if self.gap_um is not None and not 0 <= self.gap_um <= 1000:
             raise BadInput(f"gap_um is {self.gap_um:g}: choose 0 to 1000 um.")
+        if not (1 <= self.spot_um <= self.spot_pitch_um <= 1000):
+            raise BadInput(
+                f"spot_um is {self.spot_um:g}, spot_pitch_um {self.spot_pitch_um:g}: give 1 to 1000 um, spots narrower "
+                "than their pitch."
+            )
+        if self.um_per_unit is not None and not 1e-6 <= self.um_per_unit <= 1e6:
+            raise BadInput(f"um_per_unit is {self.um_per_unit:g}: give the um of one unit of the coordinate system.")
         if self.min_umi < 1 or self.workers < 1:
             raise BadInput(f"min_umi is {self.min_umi}, workers {self.workers}: give at least 1 of each.")
         if self.regions != "auto" and not re.fullmatch(r"[1-9]\d?x[1-9]\d?", self.regions):
             raise BadInput(f"regions is {self.regions!r}: give auto, or rows x columns such as 3x3.")
         if self.donor is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", self.donor):
             raise BadInput(f"donor is {self.donor!r}: use letters, digits, '_', '-' and '.'.")
+
+    @property
+    def donor_name(self) -> str:
+        return self.donor or re.sub(r"[^A-Za-z0-9_.-]", "-", self.out.stem).strip(".-") or "slide"
 
     @property
     def work(self) -> Path:
@@ -157,24 +197,93 @@ def prepare(settings: Settings) -> dict[str, Any]:
     ------
     BadInput: anything wrong with run, picture, tables or settings; no space on the disk.
     """
-    from ge2hist_core.slide_image import SlideImage
-    from ge2hist_core.visium_hd import check_image, open_space_ranger
-
     if settings.out.exists() and not settings.overwrite:
         raise BadInput(f"{settings.out} exists: give another name, or --overwrite to replace it.")
+    kind = recognise(settings.folder)
+    _check_options(settings, kind)
     with _disk(settings):
-        run = open_space_ranger(settings.folder, settings.genome, settings.raw)
-        with SlideImage(settings.image, um_per_px=run.um_per_px) as image:
-            figures = check_image(run, image)
-            crop = _crop(run, image, settings)
-            regions = _regions(crop, settings)
-            stages = _Stages(settings, run, crop)
-            report = _prepare(settings, run, image, crop, regions, stages)
-        report["image_check"] = figures
+        report, stages = _prepare_bins(settings) if kind == "visium-hd" else _prepare_given(settings, kind)
         write_json(settings.work / "report.json", report)
         if not settings.keep:
             stages.clean()
     return report
+
+
+def recognise(folder: Path) -> str:
+    """Which of ``KINDS`` a folder is, by the files that it holds.
+
+    Raises
+    ------
+    BadInput: none of them.
+    """
+    from ge2hist_core import foreign_spatialdata, spots, xenium
+
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is not a folder: give {_listed_kinds()}.")
+    if foreign_spatialdata.is_store(folder):
+        return "spatialdata"
+    if xenium.is_xenium(folder):
+        return "xenium"
+    if spots.is_st(folder):
+        return "st"
+    if any((place / "binned_outputs").is_dir() for place in (folder, folder / "outs")):
+        return "visium-hd"
+    if spots.is_visium(folder):
+        return "visium"
+    bins = (folder / "spatial" / "tissue_positions.parquet").is_file() or folder.name == "binned_outputs"
+    if bins or any(folder.rglob("*binned_outputs.tar.gz")):
+        return "visium-hd"
+    raise BadInput(f"{folder} holds nothing known: give {_listed_kinds()}.")
+
+
+def _listed_kinds() -> str:
+    *first, last = KINDS.values()
+    return f"{', '.join(first)} or {last}"
+
+
+def _check_options(settings: Settings, kind: str) -> None:
+    """Refuse options that mean nothing for a kind, so that none is silently ignored."""
+    default = Settings.__dataclass_fields__
+
+    def changed(*names: str) -> list[str]:
+        return [name for name in names if getattr(settings, name) != default[name].default]
+
+    if settings.image is None and kind in ("visium-hd", "xenium"):
+        raise BadInput(f"{settings.folder} is {KINDS[kind]}: give its full-resolution H&E by --image.")
+    if settings.image is not None and kind in ("spatialdata", "st"):
+        raise BadInput(f"{settings.folder} is {KINDS[kind]} and holds the picture: leave out --image.")
+    if kind == "visium-hd" and settings.whole_cells and settings.segmenter != OWN_OUTLINES:
+        raise BadInput(f"--whole-cells needs the outlines of --segmenter {OWN_OUTLINES}: give both or neither.")
+    foreign = {
+        "visium-hd": ("segmenter", "weights", "outlines", "expand_um", "raw"),
+        "xenium": ("alignment",),
+        "spatialdata": ("image_element", "cells_element", "table", "coordinate_system", "um_per_unit", "layer"),
+        "st": ("spot_pitch_um", "spot_um"),
+    }
+    for owner, names in foreign.items():
+        if owner != kind and (idle := changed(*names)):
+            raise BadInput(f"--{idle[0].replace('_', '-')} is for {KINDS[owner]}; this is {KINDS[kind]}: leave it out.")
+    if settings.whole_cells and kind not in ("visium-hd", "xenium"):
+        raise BadInput(f"--whole-cells is for Visium HD and Xenium; this is {KINDS[kind]}: leave it out.")
+
+
+def _prepare_bins(settings: Settings) -> tuple[dict[str, Any], _Stages]:
+    """A Visium HD run."""
+    from ge2hist_core.slide_image import SlideImage
+    from ge2hist_core.visium_hd import check_image, open_space_ranger
+
+    assert settings.image is not None
+    run = open_space_ranger(settings.folder, settings.genome, settings.raw)
+    with SlideImage(settings.image, um_per_px=run.um_per_px) as image:
+        figures = check_image(run, image)
+        seen = run.xy_um[run.in_tissue]
+        if not len(seen):
+            raise BadInput("No bin lies in the tissue: look at Space Ranger's tissue detection.")
+        crop = _crop(seen + np.array(settings.shift_um), image, settings)
+        regions = _regions(crop, settings, settings.donor_name)
+        stages = _Stages(settings, _stages_of_bins(settings, run, crop))
+        report = _prepare(settings, run, image, crop, regions, stages)
+    return report | {"image_check": figures}, stages
 
 
 def _prepare(
@@ -236,6 +345,8 @@ def _prepare(
     write_store(settings.out, sections, run.genes, simulation=None, um_per_px=um)
     types = pd.Series(found.cell_type).value_counts()
     return {
+        "kind": "visium-hd",
+        "unit": "cell" if settings.whole_cells else "nucleus",
         "run": run.folder.name,
         "software": run.software,
         "layout": run.version,
@@ -260,19 +371,16 @@ def _prepare(
 
 
 class _Stages:
-    """Which stages are done, on disk: a stage counts as done if all that it depends on is as it was."""
+    """Which stages are done, on disk: a stage counts as done if all that it depends on is as it was.
 
-    def __init__(self, settings: Settings, run: SpaceRanger, crop: Crop) -> None:
+    Parameters
+    ----------
+    wanted: by stage, what it depends on, as JSON can hold it.
+    """
+
+    def __init__(self, settings: Settings, wanted: dict[str, Any]) -> None:
         self.folder = settings.work
         self.path = self.folder / "state.json"
-        picture = [_stamp(settings.image), settings.um_per_px, run.um_per_px, list(crop)]
-        outlines = [
-            picture, settings.segmenter, str(settings.weights), settings.whole_cells,
-            _stamp(settings.outlines) if settings.outlines else None,
-            [_stamp(p) for p in sorted(run.segmented.glob("*.geojson"))] if run.segmented else [],
-        ]  # fmt: skip
-        counts = [outlines, _stamp(run.matrix), settings.expand_um, list(settings.shift_um)]
-        wanted = {"image": picture, "labels": outlines, "counts": counts}
         self._wanted = {k: hashlib.sha256(json.dumps(v).encode()).hexdigest() for k, v in wanted.items()}
         self._state: dict[str, dict[str, Any]] = {}
         if settings.resume and self.path.is_file():
@@ -285,6 +393,10 @@ class _Stages:
     def progress(self, stage: str) -> dict[str, Any]:
         """What was noted of a stage, {} if it has to begin."""
         return dict(self._state.get(stage, {}))
+
+    def restart(self, stage: str) -> None:
+        """Forget what was noted of a stage."""
+        self._state.pop(stage, None)
 
     def note(self, stage: str, **values: Any) -> None:
         """Keep how far a stage is."""
@@ -308,6 +420,18 @@ class _Stages:
         """Remove the stages; the report stays."""
         for name in TEMPORARY:
             (self.folder / name).unlink(missing_ok=True)
+
+
+def _stages_of_bins(settings: Settings, run: SpaceRanger, crop: Crop) -> dict[str, Any]:
+    assert settings.image is not None
+    picture = [_stamp(settings.image), settings.um_per_px, run.um_per_px, list(crop)]
+    outlines = [
+        picture, settings.segmenter, str(settings.weights), settings.whole_cells,
+        _stamp(settings.outlines) if settings.outlines else None,
+        [_stamp(p) for p in sorted(run.segmented.glob("*.geojson"))] if run.segmented else [],
+    ]  # fmt: skip
+    counts = [outlines, _stamp(run.matrix), settings.expand_um, list(settings.shift_um)]
+    return {"image": picture, "labels": outlines, "counts": counts}
 
 
 def _stamp(path: Path) -> list[Any]:
@@ -338,13 +462,9 @@ def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
-def _crop(run: SpaceRanger, image: SlideImage, settings: Settings) -> Crop:
-    """The part of the picture with bins in the tissue and half a tile around, px of the store's scale."""
+def _crop(seen: np.ndarray, image: SlideImage, settings: Settings) -> Crop:
+    """The part of the picture with the places ``seen`` (um) and half a tile around, px of the store's scale."""
     um = settings.um_per_px
-    seen = run.xy_um[run.in_tissue]
-    if not len(seen):
-        raise BadInput("No bin lies in the tissue: look at Space Ranger's tissue detection.")
-    seen = seen + np.array(settings.shift_um)
     size = np.floor(np.array([image.width, image.height]) * image.um_per_px / um).astype(int)
     low = np.maximum(np.floor(seen.min(axis=0) / um).astype(int) - TILE_PX // 2, 0)
     high = np.minimum(np.ceil(seen.max(axis=0) / um).astype(int) + TILE_PX // 2, size)
@@ -363,9 +483,8 @@ def _crop(run: SpaceRanger, image: SlideImage, settings: Settings) -> Crop:
     return crop
 
 
-def _regions(crop: Crop, settings: Settings) -> list[Region]:
+def _regions(crop: Crop, settings: Settings, donor: str) -> list[Region]:
     """The section cut into a grid with a gap between; names are the slide's donor and the place in the grid."""
-    donor = settings.donor or re.sub(r"[^A-Za-z0-9_.-]", "-", settings.out.stem).strip(".-") or "slide"
     gap, least = settings.gap_px, TILE_PX
     if settings.regions == "auto":
         sides = (min((crop.height - (n - 1) * gap) // n, (crop.width - (n - 1) * gap) // n) for n in AUTO_REGIONS)
@@ -616,31 +735,306 @@ def _sections(
         nuclei = table.iloc[mine].reset_index(drop=True)
         nuclei["x_um"] -= region.left * um_per_px
         nuclei["y_um"] -= region.top * um_per_px
-        nuclei = nuclei.drop(columns="area_um2")
+        nuclei = nuclei.drop(columns="area_um2", errors="ignore")
         yield SectionRecord(
             region.donor, picture[rows, columns], number[labels[rows, columns]], nuclei, counts[kept[mine]]
         )
 
 
+# --- Outlines and counts that are given: Xenium, SpatialData, spots ------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """A section on the grid of the store: its crop, its regions, and which cells are kept (in order of region)."""
+
+    cells: SlideCells
+    crop: Crop
+    regions: list[Region]
+    region_of: np.ndarray
+    kept: np.ndarray
+    account: Account
+    cell_id: np.ndarray
+
+
+def _prepare_given(settings: Settings, kind: str) -> tuple[dict[str, Any], _Stages]:
+    """All kinds but Visium HD: one section or, of ST, several."""
+    from ge2hist_core.slide_cells import Account
+    from ge2hist_core.store import TissueStore, write_store
+
+    with ExitStack() as stack:
+        sections = _open_sections(settings, kind)
+        for section in sections:
+            stack.callback(section.image.close)
+        stages = _Stages(settings, {"image": [str(settings.folder), settings.um_per_px]})
+        several = len(sections) > 1
+        placed = [_place(settings, section, several) for section in sections]
+        kept = [p.cells.counts[p.kept] for p in placed]
+        found = _label_given(settings, placed, sp.vstack(kept, format="csr"))
+        checks: dict[str, Any] = {}
+        write_store(
+            settings.out,
+            _records(settings, placed, found, stages, checks),
+            sections[0].genes,
+            um_per_px=settings.um_per_px,
+        )
+        warnings = [text for s in sections for text in s.warnings]
+        warnings += [check["warning"] for check in checks.values() if check["warning"]]
+        if sections[0].spot_um is not None and settings.um_per_px * TILE_PX < sections[0].spot_um:
+            warnings.append(
+                f"A tile is {settings.um_per_px * TILE_PX:g} um wide and shows a part of a spot of "
+                f"{sections[0].spot_um:g} um only: give a larger --um-per-px."
+            )
+        for text in warnings:
+            print(f"warning: {text}")
+        n_umi = np.concatenate([np.asarray(counts.sum(axis=1)).ravel() for counts in kept])
+        account = Account.together(p.account for p in placed)
+        if account.parts["assigned"] != int(n_umi.sum()):
+            raise RuntimeError("the store's counts and the account disagree")
+        types = pd.Series(found.cell_type).value_counts()
+        regions = {r.donor: int((p.region_of[p.kept] == i).sum()) for p in placed for i, r in enumerate(p.regions)}
+        report = {
+            "kind": kind,
+            "unit": sections[0].unit,
+            "run": settings.folder.name,
+            "sections": {
+                p.cells.section or settings.donor_name: {
+                    "image": {"name": p.cells.image.name, "height_px": p.cells.image.height,
+                              "width_px": p.cells.image.width, "um_per_px": p.cells.image.um_per_px},
+                    "crop_px": p.crop._asdict(), "given": len(p.cells.names), "cells": len(p.kept),
+                    "umi": {"total": p.account.total, **p.account.parts}, **p.cells.figures,
+                }
+                for p in placed
+            },
+            "store_um_per_px": settings.um_per_px,
+            "tile_um": settings.um_per_px * TILE_PX,
+            "spot_um": sections[0].spot_um,
+            "shift_um": list(settings.shift_um),
+            "given": sum(len(s.names) for s in sections),
+            "cells": len(n_umi),
+            "genes": len(sections[0].genes),
+            "median_umi": float(np.median(n_umi)),
+            "umi": {"total": account.total, **account.parts},
+            "regions": regions,
+            "gap_um": settings.gap_px * settings.um_per_px if any(len(p.regions) > 1 for p in placed) else 0.0,
+            "split": TissueStore(settings.out).split(),
+            "cell_types": {str(name): int(n) for name, n in types.items()},
+            "mean_type_confidence": float(found.confidence.mean()),
+            "registration": checks,
+            "warnings": warnings,
+        }  # fmt: skip
+    return report, stages
+
+
+def _open_sections(settings: Settings, kind: str) -> list[SlideCells]:
+    from tqdm import tqdm
+
+    from ge2hist_core import foreign_spatialdata, spots, xenium
+
+    if kind == "st":
+        return spots.open_st(settings.folder, settings.spot_pitch_um, settings.spot_um)
+    if kind == "visium":
+        return [spots.open_visium(settings.folder, settings.image, settings.genome)]
+    if kind == "spatialdata":
+        own = settings.label_column if settings.labels is None else None
+        return [
+            foreign_spatialdata.open_spatialdata(
+                settings.folder, settings.image_element, settings.cells_element, settings.table,
+                settings.coordinate_system, settings.um_per_unit, settings.layer, own,
+            )
+        ]  # fmt: skip
+    assert settings.image is not None
+    with tqdm(unit="transcript", unit_scale=True, desc="count") as bar:
+        return [
+            xenium.open_xenium(
+                settings.folder, settings.image, settings.alignment, settings.whole_cells, settings.genome, bar.update
+            )
+        ]
+
+
+def _place(settings: Settings, section: SlideCells, several: bool) -> _Placed:
+    """Crop and regions of a section, and the account of all its UMIs."""
+    from ge2hist_core.slide_cells import Account
+
+    um = settings.um_per_px
+    xy = section.xy_um + np.array(settings.shift_um)
+    size = np.array([section.image.width, section.image.height]) * section.image.um_per_px
+    inside = ((xy >= 0) & (xy < size)).all(axis=1)
+    if not inside.any():
+        raise BadInput(f"No {section.unit} lies within {section.image.name}: give the picture that belongs to them.")
+    crop = _crop(xy[inside], section.image, settings)
+    donor = settings.donor_name
+    if section.section:
+        donor = section.section if settings.donor is None else f"{settings.donor}-{section.section}"
+    # Sections are split as donors are: only what has none is cut into regions.
+    whole = several and settings.regions == "auto"
+    regions = _regions(crop, replace(settings, regions="1x1") if whole else settings, donor)
+    corner = np.array([crop.left, crop.top]) * um
+    region_of = _region_of(pd.DataFrame(xy - corner, columns=["x_um", "y_um"]), regions, um)
+    n_umi = np.asarray(section.counts.sum(axis=1)).ravel()
+    enough = n_umi >= settings.min_umi
+    good = inside & enough & (region_of >= 0)
+    kept = np.flatnonzero(good)
+    kept = kept[np.argsort(region_of[kept], kind="stable")]
+    if not len(kept):
+        raise BadInput(
+            f"No {section.unit} of {section.image.name} holds {settings.min_umi} UMIs: give a lower --min-umi."
+        )
+    parts = {"assigned": good, "outside_image": ~inside, "below_minimum": inside & ~enough,
+             "between_regions": inside & enough & (region_of < 0)}  # fmt: skip
+    umi = {name: int(n_umi[chosen].sum()) for name, chosen in parts.items()} | section.dropped
+    within = np.concatenate([np.arange(1, n + 1) for n in np.bincount(region_of[kept], minlength=len(regions))])
+    cell_id = np.array([f"{regions[r].donor}_{i}" for r, i in zip(region_of[kept], within, strict=True)], dtype=object)
+    total = int(n_umi.sum()) + sum(section.dropped.values())
+    return _Placed(section, crop, regions, region_of, kept, Account(total, umi), cell_id)
+
+
+def _label_given(settings: Settings, placed: list[_Placed], counts: sp.csr_matrix) -> CellLabels:
+    """Types of all kept cells, section after section."""
+    from ge2hist_core import cell_labels
+    from ge2hist_core.slide_cells import clusters
+
+    genes = placed[0].cells.genes.index
+    cell_id = np.concatenate([p.cell_id for p in placed])
+    if settings.labels is not None:
+        table = cell_labels.read_label_table(settings.labels, settings.label_column)
+        names = np.concatenate(
+            [[f"{p.cells.section}_{name}".removeprefix("_") for name in p.cells.names[p.kept]] for p in placed]
+        )
+        nothing = np.zeros(0, dtype=np.int64)
+        return cell_labels.by_table(table, (cell_id, names), nothing, nothing, nothing)
+    if settings.markers is not None:
+        return cell_labels.by_markers(counts, genes, cell_labels.read_markers(settings.markers))
+    if settings.celltypist is not None:
+        return cell_labels.by_celltypist(counts, genes, settings.celltypist)
+    if settings.clusters is not None:
+        return CellLabels(*clusters(counts, settings.clusters))
+    if settings.label_column is not None:
+        for p in placed:
+            if settings.label_column not in p.cells.obs.columns:
+                raise BadInput(
+                    f"{p.cells.section or settings.folder.name} has no column {settings.label_column!r}: it has "
+                    f"{', '.join(p.cells.obs.columns) or 'none'}; a table of labels is given by --labels."
+                )
+        values = pd.concat([p.cells.obs[settings.label_column].iloc[p.kept] for p in placed])
+        text = values.astype("string").fillna("").str.strip().to_numpy(dtype=object)
+        known = text != ""
+        return CellLabels(np.where(known, text, UNLABELLED), known.astype(np.float32))
+    return CellLabels(np.full(len(cell_id), UNLABELLED, dtype=object), np.zeros(len(cell_id), dtype=np.float32))
+
+
+def _records(
+    settings: Settings, placed: list[_Placed], found: CellLabels, stages: _Stages, checks: dict[str, Any]
+) -> Iterator[SectionRecord]:
+    """Section after section: paint the outlines, check where they lie, cut the picture."""
+    from ge2hist_core.segmentation import paint_outlines
+
+    um, start = settings.um_per_px, 0
+    for p in placed:
+        cells, crop = p.cells, p.crop
+        shift = np.array(settings.shift_um)
+        shapes = _shifted(cells.outlines, shift)
+        labels = stages.array("labels.npy", (crop.height, crop.width), np.dtype(np.int32), new=True)
+        paint_outlines(list(shapes), crop, um, labels)
+        checks[cells.section or settings.donor_name] = _check_place(settings, p, shift, labels)
+        own = slice(start, start + len(p.kept))
+        start += len(p.kept)
+        corner = np.array([crop.left, crop.top]) * um
+        xy = cells.xy_um[p.kept] + shift
+        table = pd.DataFrame(
+            {
+                "x_um": xy[:, 0] - corner[0],
+                "y_um": xy[:, 1] - corner[1],
+                "cell_type": found.cell_type[own],
+                "type_confidence": found.confidence[own],
+                "n_umi": np.asarray(cells.counts[p.kept].sum(axis=1)).ravel().astype(np.int64),
+                "unit": pd.Categorical.from_codes(np.zeros(len(p.kept), dtype=np.int8), [cells.unit]),
+                "x_image_px": xy[:, 0] / cells.image.um_per_px,
+                "y_image_px": xy[:, 1] / cells.image.um_per_px,
+                "slide_cell": cells.names[p.kept].astype(str),
+            }
+        )
+        if cells.spot_um is not None:
+            table["spot_diameter_um"] = cells.spot_um
+        for name in cells.obs.columns.difference(
+            [*table.columns, "area_um2", "donor", "region", "instance_id"], sort=False
+        ):
+            table[name] = cells.obs[name].to_numpy()[p.kept]
+        stages.restart("image")
+        picture = _picture(settings, cells.image, crop, stages)
+        yield from _sections(p.regions, p.region_of[p.kept], p.kept, table, cells.counts, labels, picture, um)
+
+
+def _shifted(shapes: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    import shapely
+
+    return shapely.transform(shapes, lambda xy: xy + shift) if shift.any() else shapes
+
+
+def _check_place(settings: Settings, p: _Placed, shift: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Whether cells lie where the picture shows them, measured and drawn; ``warning`` is None or a sentence."""
+    from ge2hist_core.registration import check_registration, draw_overlay
+
+    cells = p.cells
+    name = f"registration{'-' if cells.section else ''}{cells.section}.png"
+    if cells.density is None:
+        from ge2hist_core.spots import draw_spots, tissue_check
+
+        draw_spots(settings.work / name, cells, shift)
+        figures, warning = tissue_check(cells, shift)
+        return figures | {"warning": warning}
+    xy, umi = cells.density[0] + shift, cells.density[1]
+    size = np.array([cells.image.width, cells.image.height]) * cells.image.um_per_px
+    within = ((xy >= 0) & (xy < size)).all(axis=1)
+    found = check_registration(cells.image, xy[within], umi[within])
+    um = settings.um_per_px
+    draw_overlay(
+        settings.work / name,
+        cells.image,
+        xy[within],
+        umi[within],
+        found,
+        labels,
+        (p.crop.left * um, p.crop.top * um),
+        um,
+    )
+    return found.to_json()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="OUTS", help="output folder of Space Ranger 3 or 4")
-    parser.add_argument("--image", type=Path, required=True, metavar="HE.tif", help="full-resolution H&E of the run")
+    parser.add_argument("folder", type=Path, metavar="INPUT", help=_listed_kinds())
+    parser.add_argument(
+        "--image", type=Path, metavar="HE.tif", help="full-resolution H&E, where INPUT does not hold it"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DATA.zarr")
+    parser.add_argument("--alignment", type=Path, metavar="MATRIX.csv", help="Xenium Explorer's matrix of the H&E")
     parser.add_argument("--segmenter", choices=METHODS, default="classical", help="who outlines the nuclei")
     parser.add_argument("--weights", type=Path, help="StarDist model folder, or InstanSeg TorchScript file")
     parser.add_argument("--outlines", type=Path, metavar="NUCLEI.geojson", help="for --segmenter geojson, in px")
-    parser.add_argument("--whole-cells", action="store_true", help="count bins of Space Ranger's cells, not nuclei")
+    parser.add_argument("--whole-cells", action="store_true", help="count Space Ranger's or Xenium's cells, not nuclei")
     parser.add_argument("--expand-um", type=float, default=0.0, help="grow nuclei so far before bins are assigned")
     parser.add_argument("--labels", type=Path, metavar="TYPES.csv", help="types of cells, or of bins of 2, 8 or 16 um")
-    parser.add_argument("--label-column", metavar="NAME")
+    parser.add_argument("--label-column", metavar="NAME", help="column of --labels or of INPUT's own table")
     parser.add_argument("--markers", type=Path, metavar="MARKERS.csv", help="cell_type, gene and, if wanted, weight")
     parser.add_argument("--celltypist", metavar="MODEL", help="CellTypist model; only one that you trust")
+    parser.add_argument("--clusters", type=int, metavar="N", help="types by clustering the expression into N")
+    store = parser.add_argument_group("a SpatialData store, where it leaves a choice")
+    store.add_argument("--image-element", metavar="NAME", help="the H&E")
+    store.add_argument("--cells-element", metavar="NAME", help="shapes or labels of cells")
+    store.add_argument("--table", metavar="NAME", help="counts")
+    store.add_argument("--coordinate-system", metavar="NAME")
+    store.add_argument("--um-per-unit", type=float, help="um of one unit of the coordinate system")
+    store.add_argument("--layer", metavar="NAME", help="layer of the table with the raw counts")
+    parser.add_argument("--spot-pitch-um", type=float, default=200.0, help="of ST: distance of neighbouring spots")
+    parser.add_argument("--spot-um", type=float, default=100.0, help="of ST: diameter of a spot")
     parser.add_argument("--regions", default="auto", metavar="NxM", help="rows x columns that are split as donors are")
     parser.add_argument("--gap-um", type=float, help="left out between regions; one tile if not given")
     parser.add_argument("--donor", help="name of the donor; the store's name if not given")
-    parser.add_argument("--um-per-px", type=float, default=UM_PER_PX, help="scale of the store's picture")
+    parser.add_argument(
+        "--um-per-px", type=float, help=f"scale of the store's picture; {UM_PER_PX:g}, of ST {ST_UM_PER_PX:g}"
+    )
     parser.add_argument("--shift-um", default="0,0", metavar="X,Y", help="added to the bins' places, um")
-    parser.add_argument("--min-umi", type=int, default=10, help="nuclei with fewer UMIs are no cells")
+    parser.add_argument("--min-umi", type=int, default=10, help="nuclei, cells or spots with fewer UMIs are left out")
     parser.add_argument("--genome", default="GRCh38", help="what the name of the reference must contain")
     parser.add_argument("--raw", action="store_true", help="read the raw matrix, with bins outside the tissue")
     parser.add_argument("--workers", type=int, default=2, help="threads that segment")
@@ -655,19 +1049,28 @@ def settings_of(args: argparse.Namespace) -> Settings:
     if match is None:
         raise BadInput(f"shift_um is {args.shift_um!r}: give x,y in um, such as --shift-um=4.5,-2.")
     values = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}
-    settings = Settings(**{**values, "shift_um": (float(match[1]), float(match[2]))})
-    return replace(settings, folder=settings.folder.expanduser(), image=settings.image.expanduser())
+    values["folder"] = values["folder"].expanduser()
+    if values["image"] is not None:
+        values["image"] = values["image"].expanduser()
+    if values["um_per_px"] is None:
+        values["um_per_px"] = ST_UM_PER_PX if recognise(values["folder"]) == "st" else UM_PER_PX
+    return Settings(**{**values, "shift_um": (float(match[1]), float(match[2]))})
 
 
 def main(args: argparse.Namespace) -> None:
-    from ge2hist_core.visium_hd import Ledger
+    from ge2hist_core.slide_cells import Account
 
     settings = settings_of(args)
     report = prepare(settings)
-    print(Ledger(**report["umi"]).text())
+    print(Account.of(report["umi"]).text())
+    if report["unit"] == "spot":
+        kept = f"{report['cells']:,} of {report['given']:,} spots of {report['spot_um']:g} um, each taken as one cell,"
+    else:
+        found = f"{report['nuclei']:,} nuclei" if "nuclei" in report else f"{report['given']:,} outlines given"
+        kept = f"{report['cells']:,} cells of {found}"
     print(
-        f"{report['cells']:,} cells of {report['nuclei']:,} nuclei in {len(report['regions'])} region(s), median "
-        f"{report['median_umi']:.0f} UMIs, in {settings.out}; report and overlay in {settings.work}"
+        f"{kept} in {len(report['regions'])} region(s), median {report['median_umi']:.0f} UMIs, in {settings.out}; "
+        f"report and overlay in {settings.work}"
     )
     if UNLABELLED in report["cell_types"]:
         print(f"{report['cell_types'][UNLABELLED]:,} cells have no type: see --labels, --markers and --celltypist.")

@@ -13,6 +13,7 @@ from pages import _ui
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
     from ge2hist_core.types import Cells
+    from perturb.evidence import Evidence
     from perturb.result import Result
     from perturb.screen import Screen, ScreenResult
 
@@ -20,20 +21,24 @@ File = tuple[str, str, str, "str | Callable[[], bytes | str]"]
 """Label, ending, MIME type, content."""
 
 
-def result_downloads(result: Result, cells: Callable[[], Cells]) -> None:
-    """Of a comparison. ``cells`` gives those that it was made from, for the h5ad."""
+def result_downloads(result: Result, evidence: Evidence | None, cells: Callable[[], Cells]) -> None:
+    """Of a comparison and the evidence on it. ``cells`` gives those that it was made from, for the h5ad."""
     from perturb import report
 
     recipe = json.dumps(result.recipe.to_dict(), indent=1, ensure_ascii=False)
+
+    def everything() -> bytes:
+        return report.zip_bytes(result, cells(), evidence=evidence)
+
     _buttons(
         f"ge2hist-{result.recipe.hash[:8]}",
         "downloads",
         (
-            ("Report (HTML)", "html", "text/html", lambda: _ui.report_html(result.recipe.hash, result)),
-            ("Report (PDF)", "pdf", "application/pdf", lambda: report.pdf(result)),
+            ("Report (HTML)", "html", "text/html", lambda: _ui.report_html(result, evidence)),
+            ("Report (PDF)", "pdf", "application/pdf", lambda: report.pdf(result, evidence)),
             ("Table (CSV)", "csv", "text/csv", lambda: report.csv_bytes(result.comparison)),
             ("Cells (h5ad)", "h5ad", "application/x-hdf5", lambda: report.h5ad(result, cells())),
-            ("Everything (ZIP)", "zip", "application/zip", lambda: report.zip_bytes(result, cells())),
+            ("Everything (ZIP)", "zip", "application/zip", everything),
             ("Recipe (JSON)", "json", "application/json", recipe),
         ),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import streamlit as st
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from ge2hist_core.data import H5adSource
     from ge2hist_core.model import GE2Hist
     from perturb.goal import Goal, GoalResult, NicheTarget, ReadoutTarget
-    from perturb.run import Progress
 
 WHAT = ("A readout", "The niche of another cell")
 SECONDS_PER_GUESS = 0.025
@@ -103,38 +103,24 @@ def _niche(experiment: Experiment, model: GE2Hist, source: H5adSource) -> NicheT
 def _search(goal: Goal, experiment: Experiment, model: GE2Hist, source: H5adSource) -> None:
     from perturb.goal import load_goal
 
-    result = load_goal(goal.hash, _ui.get_cache())
-    if _ui.under_way(goal.hash):
-        return
-    if result is None or not result.complete:
-        guesses = goal.guesses * len(goal.recipe.cell_ids)
-        seconds = goal.pictures * _ui.SECONDS_PER_PICTURE + guesses * SECONDS_PER_GUESS
-        st.button(
-            "Start the search" if result is None else "Go on with the search",
-            type="primary",
-            icon=":material/play_arrow:",
-            key="start goal",
-            on_click=_ui.safely(_submit),
-            args=(goal, model, source),
-        )
-        st.caption(
-            f"Tries at most {goal.guesses:,} sets, made of {len(goal.candidates):,} single edits, and draws at most "
-            f"{goal.pictures:,} pictures: about {max(seconds, 1):.0f} seconds on two cores with the demo bundle. It "
-            "can be cancelled; pictures that are drawn are kept."
-        )
-    if result is not None:
-        _show(goal, result, experiment)
-
-
-def _submit(goal: Goal, model: GE2Hist, source: H5adSource) -> None:
-    cells, cache = _ui.get_cells(goal.recipe, source), _ui.get_cache()
-
-    def work(on_progress: Callable[[Progress], None], cancel: Any) -> None:
+    def prepare() -> Callable[..., object]:
         from perturb.goal import run_goal
 
-        run_goal(goal, model, cells, cache, on_progress=on_progress, cancel=cancel)
+        return partial(run_goal, goal, model, _ui.get_cells(goal.recipe, source), _ui.get_cache())
 
-    _ui.get_worker().submit(goal.hash, work, _ui.owner())
+    result = load_goal(goal.hash, _ui.get_cache())
+    label = "Start the search" if result is None else None if result.complete else "Go on with the search"
+    guesses = goal.guesses * len(goal.recipe.cell_ids)
+    seconds = goal.pictures * _ui.SECONDS_PER_PICTURE + guesses * SECONDS_PER_GUESS
+    caption = (
+        f"Tries at most {goal.guesses:,} sets, made of {len(goal.candidates):,} single edits, and draws at most "
+        f"{goal.pictures:,} pictures: about {max(seconds, 1):.0f} seconds on two cores with the demo bundle. It "
+        f"can be cancelled; pictures that are drawn are kept. {goal.reach()}"
+    )
+    if _ui.offer(goal.hash, label, prepare, name="start goal", caption=caption):
+        return
+    if result is not None:
+        _show(goal, result, experiment)
 
 
 def _show(goal: Goal, result: GoalResult, experiment: Experiment) -> None:
@@ -168,7 +154,8 @@ def _show(goal: Goal, result: GoalResult, experiment: Experiment) -> None:
             f"Effect: mean paired difference to the start over {len(goal.further_seeds)} seeds that chose nothing, "
             "with its 95 % interval over seeds (and cells, where there are several); n counts picture pairs. Towards: "
             "movement along the way to the target. Surrogate: what the model expected without drawing. Random: the "
-            "same kinds of edits on genes of like expression. q: Benjamini-Hochberg over the rows of the found sets. "
+            "same kinds of edits on genes of like expression. q: Benjamini-Hochberg over the rows of the found sets "
+            "with a p; the share of a type that fewer than half of the picture pairs show has none. "
             "All of it speaks of this model's pictures, not of an experiment."
         )
     for name, table in (("trade-off", result.tradeoff), ("drawn sets", result.confirmed)):

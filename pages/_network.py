@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,11 @@ import streamlit as st
 from ge2hist_core.types import BadInput
 from pages import _ui
 from pages._experiment import Experiment
+from pages._gene_search import choose_genes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ge2hist_core.data import H5adSource
     from perturb.grn import Network
     from perturb.result import Result
@@ -68,27 +72,7 @@ def network_panel(experiment: Experiment, source: H5adSource) -> None:
 
 
 def _more(experiment: Experiment, source: H5adSource) -> None:
-    edited = [gene for gene in experiment.recipe.perturbation.genes if gene in set(source.genes)]
-    genes = st.multiselect(
-        "Fit a network to these cells: regulators",
-        list(dict.fromkeys(source.genes)),
-        default=edited,
-        key=f"regulators of {hash(tuple(edited))}",
-        help="Ridge regression of every other gene on these, within cell types and donors. It shows who varies "
-        "together; that an edge is causal, it cannot show.",
-    )
-    if st.button("Fit", key="fit network", icon=":material/functions:", disabled=not genes):
-        # One fit at a time, as with drafts: it takes both cores for a second or more.
-        with _ui.guard(), st.spinner("Fitting the network"), _ui.draft_lock():
-            from perturb.networks import fitted
-
-            network = fitted(source, genes, name=f"fitted to {source.path.name}"[:60])
-            if not len(network):
-                st.info("No edge is clear enough in these cells: none is kept.")
-            else:
-                _keep(network)
-                _become(experiment, network.sha256)
-                st.rerun()
+    _fit(experiment, source)
     turn = st.session_state.setdefault("network turn", 0)
     uploaded = st.file_uploader(
         "Or upload a signed network (source, target, weight)",
@@ -104,6 +88,51 @@ def _more(experiment: Experiment, source: H5adSource) -> None:
             _become(experiment, network.sha256)
             st.session_state["network turn"] = turn + 1
             st.rerun()
+
+
+def _fit(experiment: Experiment, source: H5adSource) -> None:
+    """Fit a network in the worker; it is chosen when it is done, if this tab still waits for it."""
+    from perturb.networks import fit_and_keep, fit_kept, fit_key
+
+    edited = [gene for gene in experiment.recipe.perturbation.genes if gene in set(source.genes)]
+    genes = choose_genes(
+        "Fit a network to these cells: regulators",
+        source,
+        f"regulators of {hash(tuple(edited))}",
+        edited,
+        "Ridge regression of every other gene on these, within cell types and donors. It shows who varies together; "
+        "that an edge is causal, it cannot show.",
+    )
+    folder, cache = _ui.networks_folder(), _ui.get_cache()
+    key = fit_key(source, genes)
+
+    def prepare() -> Callable[..., object]:
+        st.session_state["network fit"] = key
+        return partial(fit_and_keep, source, genes, folder, cache)
+
+    done = fit_kept(source, genes, folder, cache) if genes else None
+    if _ui.offer(key, "Fit" if done is None else None, prepare, name="fit network", primary=False, disabled=not genes):
+        return
+    if done == OFF:
+        st.info("No edge is clear enough in these cells: none is kept.")
+    elif done is not None:
+        _mine(done)
+        if st.session_state.get("network fit") == key:
+            del st.session_state["network fit"]
+            _become(experiment, done)
+            st.rerun()
+        st.button(
+            "Use the fitted network",
+            key="use fitted",
+            on_click=_ui.safely(_become),
+            args=(experiment, done),
+            disabled=_chosen(experiment) == done,
+        )
+
+
+def _chosen(experiment: Experiment) -> str:
+    now = experiment.recipe.propagation
+    return OFF if now is None else now.network_sha256
 
 
 def _known() -> dict[str, Any]:
@@ -131,9 +160,13 @@ def _keep(network: Network) -> None:
     if not len(network):
         raise BadInput(f"The network {network.name!r} has no edge from one gene to another: give one that has.")
     keep_network(network, _ui.networks_folder())
+    _mine(network.sha256)
+
+
+def _mine(sha256: str) -> None:
     mine = st.session_state.setdefault("networks", [])
-    if network.sha256 not in mine:
-        mine.append(network.sha256)
+    if sha256 not in mine:
+        mine.append(sha256)
 
 
 def _read(uploaded: Any) -> Network:

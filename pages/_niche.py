@@ -165,7 +165,7 @@ def _live(slots: list[Any], recipe: Recipe) -> Callable[[Progress], None]:
         for arm, _, image in progress.preview():
             if arm == "base" or recipe.perturbation:
                 with slots[arm == "edited"].container(gap="small"):
-                    st.image(_ui.enlarged(image), width="stretch")
+                    st.image(_ui.enlarged(image), width="stretch", alt="Generated picture of the niche, taking shape")
                     st.caption(f"{'After' if arm == 'edited' else 'Before'} · taking shape, {progress.fraction:.0%}")
         last = time.monotonic()
 
@@ -184,7 +184,7 @@ def _watch(recipe: Recipe) -> None:
         # Several seeds are in work at once; the last of each arm is shown.
         for arm, (picture, image) in {arm: (picture, image) for arm, picture, image in pictures}.items():
             with columns[arm == "edited"]:
-                st.image(_ui.enlarged(image), width="stretch")
+                st.image(_ui.enlarged(image), width="stretch", alt="Generated picture of the niche, taking shape")
                 st.caption(
                     f"{'After' if arm == 'edited' else 'Before'} · seed {recipe.seeds[picture % len(recipe.seeds)]}, "
                     "taking shape"

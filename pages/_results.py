@@ -10,6 +10,7 @@ import streamlit as st
 from pages import _ui
 from pages._doses import dose_panel
 from pages._downloads import result_downloads
+from pages._lights import evidence_of, gather_button, lights
 from pages._network import spread_section
 from perturb.edits import EditSet
 
@@ -25,6 +26,13 @@ def results(result: Result, model: GE2Hist, source: H5adSource) -> None:
     if not result.recipe.perturbation:
         return
     _headline(result)
+    evidence, complete = evidence_of(result, model, source)
+    if evidence is not None:
+        lights(result, evidence)
+        with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+            if not complete:
+                gather_button(result, model, source, complete)
+            st.page_link("pages/evidence.py", label="All evidence", icon=":material/fact_check:")
     for warning in result.warnings:
         st.caption(f":material/warning: {_ui.plain(warning)}")
     dosed = [part for part in result.recipe.perturbation.parts if isinstance(part, EditSet) and part.dose is not None]
@@ -41,7 +49,7 @@ def results(result: Result, model: GE2Hist, source: H5adSource) -> None:
         "Network": lambda result, model: spread_section(result),
         "Doses": dose_panel,
     }[section](result, model)
-    result_downloads(result, lambda: _ui.get_cells(result.recipe, source))
+    result_downloads(result, evidence, lambda: _ui.get_cells(result.recipe, source))
 
 
 def _headline(result: Result) -> None:

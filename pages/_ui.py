@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ge2hist_core.real_tiles import RealTiles
     from ge2hist_core.types import Cells
     from perturb.cache import DiskCache
+    from perturb.evidence import Evidence
     from perturb.grn import Network
     from perturb.jobs import JobState, Worker
     from perturb.profile import Profile
@@ -403,12 +404,33 @@ def _real_tiles(model_sha256: str, _model: GE2Hist) -> RealTiles | None:
     return load(_model)
 
 
-@st.cache_data(max_entries=4, show_spinner=False)
-def report_html(recipe_hash: str, _result: Result) -> str:
+def get_evidence(result: Result, model: GE2Hist, source: H5adSource) -> tuple[Evidence, bool]:
+    """The evidence on a comparison that is at hand, and whether all of it was gathered."""
+    from perturb.evidence import kept
+
+    cells = get_cells(result.recipe, source)
+    return _at_hand(result.recipe.hash, kept(result, cells, get_cache()), result, model, cells)
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _at_hand(
+    recipe_hash: str, there: tuple[str, ...], _result: Result, _model: GE2Hist, _cells: Cells
+) -> tuple[Evidence, bool]:
+    from perturb.evidence import at_hand
+
+    return at_hand(_result, _model, _cells, get_cache())
+
+
+def report_html(result: Result, evidence: Evidence | None) -> str:
     """The report as one page."""
+    return _report_html(result.recipe.hash, tuple(evidence.parts) if evidence is not None else (), result, evidence)
+
+
+@st.cache_data(max_entries=4, show_spinner=False)
+def _report_html(recipe_hash: str, parts: tuple[str, ...], _result: Result, _evidence: Evidence | None) -> str:
     from perturb.report import html as report
 
-    return report(_result)
+    return report(_result, _evidence)
 
 
 # Data files
@@ -639,6 +661,55 @@ def under_way(key: str) -> bool:
     return False
 
 
+def offer(
+    key: str,
+    label: str | None,
+    prepare: Callable[[], Callable[..., object]],
+    *,
+    name: str,
+    caption: str = "",
+    primary: bool = True,
+    disabled: bool = False,
+) -> bool:
+    """A job of the worker on a page: how it stands while it waits or runs, else the button that starts it.
+
+    Parameters
+    ----------
+    key: hash of what the job makes. label: of the button, None where nothing is left to start.
+    prepare: called on a click; what it returns is called in the worker with ``on_progress`` and ``cancel``. Bad input
+        that it meets is shown as :func:`safely` does.
+    name: the button's widget key. caption: what the work costs, below the button.
+
+    Returns
+    -------
+    True while the job waits or runs: there is nothing else to show then.
+    """
+    if under_way(key):
+        return True
+    if label is not None:
+        st.button(
+            label,
+            type="primary" if primary else "secondary",
+            icon=":material/play_arrow:",
+            key=name,
+            on_click=safely(_submit),
+            args=(key, prepare),
+            disabled=disabled,
+        )
+        if caption:
+            st.caption(caption)
+    return False
+
+
+def _submit(key: str, prepare: Callable[[], Callable[..., object]]) -> None:
+    task = prepare()
+
+    def work(on_progress: Callable[[Progress], None], cancel: threading.Event) -> None:
+        task(on_progress=on_progress, cancel=cancel)
+
+    get_worker().submit(key, work, owner())
+
+
 def csv(table: Any) -> bytes:
     """A table as CSV that no spreadsheet takes for formulas."""
     from perturb.report import csv_bytes
@@ -658,7 +729,7 @@ def _watch(key: str) -> None:
             st.progress(0.0, text=text)
         else:
             st.progress(progress.fraction, text=f"{progress.text}: {progress.fraction:.0%}")
-        st.button("Cancel", icon=":material/stop_circle:", key="cancel job", on_click=_cancel_key, args=(key,))
+        st.button("Cancel", icon=":material/stop_circle:", key=f"cancel {key[:16]}", on_click=_cancel_key, args=(key,))
 
 
 def _cancel_key(key: str) -> None:

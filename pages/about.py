@@ -23,6 +23,8 @@ LIMITS = """
 - Nuclei are found and typed in the pictures by a trained reader that miscounts and mistypes some, in both alike.
 - Intervals cover the noise of drawing: other seeds, and other cells where several were chosen. They do not cover other
   donors or the model's errors.
+- A UMAP has no place for an edited cell: the map's arrow is the difference between the mean places of the real cells
+  nearest to it before and after the edit.
 - CD4 T, CD8 T and B cells look alike in H&E; the pictures' nuclei are therefore counted as *Lymphocyte*.
 """
 

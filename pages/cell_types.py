@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
 from pages import _ui
+from pages._cells import LISTED_CELLS
 from perturb.colours import colour_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ge2hist_core.data import H5adSource
     from ge2hist_core.gallery import Gallery
     from ge2hist_core.model import GE2Hist
     from pages._experiment import Experiment
-    from perturb.run import Progress
+    from perturb.types_grid import TypesGrid
 
-ENVIRONMENTS = ("The prior", "The chosen cell", "Along an axis")
+ENVIRONMENTS = {"prior": "The prior", "cells": "The chosen cell", "axis": "Along an axis"}
 PARTS = {"z_e": "Environment alone", "z_c": "Identity alone", "both": "Both"}
-STEPS = 5
 
 
 def page() -> None:
@@ -37,46 +36,42 @@ def page() -> None:
         required=True,
     )  # fmt: skip
     with _ui.guard():
-        gallery = _grid(model, opened) if what == "Grid" else _way(model, opened)
-        if gallery is not None:
-            _gallery(gallery, model)
+        recipe = _grid(model, opened) if what == "Grid" else _way(model, opened)
+        if recipe is not None:
+            _gallery(recipe, model, opened[1] if opened is not None else None)
     if opened is not None:
         _ui.write_address(opened[0])
 
 
-def _grid(model: GE2Hist, opened: tuple[Experiment, H5adSource] | None) -> Gallery | None:
-    from ge2hist_core.gallery import Gallery, axis_environments, cell_types, prior_environments
+def _grid(model: GE2Hist, opened: tuple[Experiment, H5adSource] | None) -> TypesGrid | None:
+    from perturb.types_grid import TypesGrid
 
     left, right, last = st.columns([2.4, 1.4, 1])
     types = left.multiselect("Cell types", model.cell_types, model.cell_types[:4], key="gallery types")
-    kinds = ENVIRONMENTS if opened is not None else (ENVIRONMENTS[0], ENVIRONMENTS[2])
-    kind = right.selectbox("Environments from", kinds, key="gallery environments")
+    kinds = [name for name in ENVIRONMENTS if opened is not None or name != "cells"]
+    kind = right.selectbox("Environments from", kinds, key="gallery environments", format_func=ENVIRONMENTS.__getitem__)
     seed = int(last.number_input("Seed", 0, 2**31, 0, key="gallery seed", help="Of the noise and of what is drawn."))
-    if kind == ENVIRONMENTS[0]:
-        titles, z_e = prior_environments(model, STEPS, seed)
-    elif kind == ENVIRONMENTS[2]:
+    axis = 1
+    if kind == "axis":
         axis = right.number_input(
             "Axis", 1, model.config.d_e, 1, key="gallery axis", help="1: the axis along which z_e varies most."
         )
-        titles, z_e = axis_environments(model, int(axis) - 1)
-    else:
-        assert opened is not None
-        cell, z_e = _states(opened, model, [opened[0].recipe.cell_ids[0]])
-        titles = (f"as {cell[0]}",)
     if not types:
         st.caption("Choose at least one cell type.")
         return None
-    return Gallery(tuple(types), titles, cell_types(model, types, seed), z_e, seed)
+    named = _named(opened, ()) if opened is not None and kind == "cells" else {}
+    return TypesGrid(model.sha256, tuple(types), environments=kind, axis=int(axis), seed=seed, **named)
 
 
-def _states(opened: tuple[Experiment, H5adSource], model: GE2Hist, names: list[str]) -> tuple[list[str], Any]:
-    experiment, source = opened
-    cells = source.take([source.index_of(name) for name in names])
-    return names, model.encode(model.embed(cells, experiment.recipe.encoder_seed)).z_e
+def _named(opened: tuple[Experiment, H5adSource], others: tuple[str, ...]) -> dict[str, Any]:
+    """The experiment's first cell and others of its file, as a recipe names them."""
+    recipe = opened[0].recipe
+    fields = ("data_sha256", "encoder_seed", "matrix", "gene_column")
+    return {name: getattr(recipe, name) for name in fields} | {"cell_ids": (recipe.cell_ids[0], *others)}
 
 
-def _way(model: GE2Hist, opened: tuple[Experiment, H5adSource] | None) -> Gallery | None:
-    from ge2hist_core.gallery import Gallery, between
+def _way(model: GE2Hist, opened: tuple[Experiment, H5adSource] | None) -> TypesGrid | None:
+    from perturb.types_grid import TypesGrid
 
     if opened is None:
         st.info("There are no cells here yet: upload an `.h5ad` file on the Explore page first.")
@@ -85,56 +80,29 @@ def _way(model: GE2Hist, opened: tuple[Experiment, H5adSource] | None) -> Galler
     left, middle, right = st.columns([1.2, 1.2, 1])
     first = experiment.recipe.cell_ids[0]
     left.text_input("From cell", first, disabled=True, help="The cell of the Explore page.")
-    others = [name for name in source.cell_id[~source.empty][:2000].tolist() if name != first]
+    others = [name for name in source.cell_id[~source.empty][:LISTED_CELLS].tolist() if name != first]
     if not others:
         st.caption("These data have a single cell: there is no other to go to.")
         return None
     other = middle.selectbox("To cell", others, key="gallery other")
     part = right.selectbox("What changes", list(PARTS), key="gallery part", format_func=PARTS.__getitem__)
     seed = int(st.number_input("Seed", 0, 2**31, 0, key="gallery seed", width=140))
-    cells = source.take([source.index_of(name) for name in (first, other)])
-    latent = model.encode(model.embed(cells, experiment.recipe.encoder_seed))
-    way = between(latent.take([0]), latent.take([1]), STEPS, part)
-    titles = tuple(f"{100 * i // (STEPS - 1)} %" for i in range(STEPS))
-    return Gallery(titles, titles, way.z_c, way.z_e, seed, paired=True)
+    return TypesGrid(model.sha256, part=part, seed=seed, **_named(opened, (other,)))
 
 
-def _gallery(gallery: Gallery, model: GE2Hist) -> None:
-    key = gallery.hash(model.sha256)
-    stored = _ui.get_cache().load_arrays(key)
-    if stored is not None:
-        _show(gallery, model, stored["images"])
-        return
-    if _ui.under_way(key):
-        return
-    st.button(
-        f"Draw {len(gallery.latent)} pictures",
-        type="primary",
-        icon=":material/play_arrow:",
-        key="draw gallery",
-        on_click=_ui.safely(_submit),
-        args=(key, gallery, model),
-    )
+def _gallery(recipe: TypesGrid, model: GE2Hist, source: H5adSource | None) -> None:
+    from perturb.types_grid import draw_types, load_types
+
+    gallery, cache = recipe.gallery(model, source), _ui.get_cache()
+    images = load_types(gallery, model, cache)
+    label = f"Draw {len(gallery.latent)} pictures" if images is None else None
+    prepare = partial(partial, draw_types, gallery, model, cache)
+    if not _ui.offer(gallery.hash(model.sha256), label, prepare, name="draw gallery") and images is not None:
+        _show(recipe, gallery, model, images)
 
 
-def _submit(key: str, gallery: Gallery, model: GE2Hist) -> None:
-    cache = _ui.get_cache()
-
-    def work(on_progress: Callable[[Progress], None], cancel: Any) -> None:
-        from ge2hist_core.gallery import draw
-        from perturb.run import Progress
-
-        def on_step(i: int, n: int, _: Any) -> bool:
-            on_progress(Progress(i / n, "Drawing"))
-            return cancel.is_set()
-
-        cache.store_arrays(key, {"images": draw(gallery, model, on_step)})
-
-    _ui.get_worker().submit(key, work, _ui.owner())
-
-
-def _show(gallery: Gallery, model: GE2Hist, images: Any) -> None:
-    from ge2hist_core.gallery import readouts
+def _show(recipe: TypesGrid, gallery: Gallery, model: GE2Hist, images: Any) -> None:
+    from perturb.types_grid import statistics, zip_bytes
 
     width = len(gallery.columns)
     real = _ui.get_real_tiles(model)
@@ -161,7 +129,7 @@ def _show(gallery: Gallery, model: GE2Hist, images: Any) -> None:
                 png = _ui.picture_png(real.images[tile], generated=False)
                 column.image(png, width="stretch", alt=f"Real tile around a cell of type {kind}")
                 column.caption(f"real: {_ui.plain(kind)}, distance {distance:.2f}")
-    table = readouts(gallery, model, images)
+    table = statistics(gallery, model, images, real if beside else None)
     if nearest is not None:
         st.caption(
             "Distance: root mean square over z_c and z_e in standard deviations of the real tiles; about 1.4 lies "
@@ -172,7 +140,19 @@ def _show(gallery: Gallery, model: GE2Hist, images: Any) -> None:
         "One picture each, nuclei read from it: density in cells/mm², spacing in µm, shares as fractions. A single "
         "draw says little about a type; change the seed to see others."
     )
-    st.download_button("Table (CSV)", _ui.csv(table), "cell_types.csv", "text/csv", key="download gallery")
+    with st.container(horizontal=True, gap="small", key="gallery downloads"):
+        for name, content, file, mime in (
+            ("Table (CSV)", lambda: _ui.csv(table), "cell_types.csv", "text/csv"),
+            (
+                "Everything (ZIP)",
+                lambda: zip_bytes(recipe, gallery, model, images, real),
+                "cell_types.zip",
+                "application/zip",
+            ),
+        ):
+            st.download_button(
+                name, content, file, mime, key=f"download {file}", on_click="ignore", icon=":material/download:"
+            )
 
 
 with _ui.guard():

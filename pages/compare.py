@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import uuid
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import streamlit as st
 
@@ -22,12 +23,15 @@ from perturb.workspace import (
 )
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable
 
     from ge2hist_core.data import H5adSource
     from ge2hist_core.model import GE2Hist
     from ge2hist_core.types import Cells
     from pages._experiment import Experiment
+    from perturb.cache import DiskCache
+    from perturb.grn import Network
     from perturb.recipe import Recipe
     from perturb.result import Result
     from perturb.run import Progress
@@ -283,36 +287,33 @@ def _effects(names: list[str], results: list[Result]) -> str:
 
 
 def _draw(missing: list[Recipe], model: GE2Hist, path: Path) -> None:
-    key = "scenarios " + " ".join(recipe.hash for recipe in missing)
-    if _ui.under_way(key):
-        return
+    def prepare() -> Callable[..., object]:
+        inputs = [(_cells(recipe, model, path), _ui.network_of(recipe)) for recipe in missing]
+        return partial(_draw_all, missing, inputs, model, _ui.get_cache())
+
     pictures = 2 * sum(len(recipe.cell_ids) * len(recipe.seeds) for recipe in missing)
-    st.button(
-        f"Draw {len(missing)} scenario{'s' * (len(missing) > 1)} (at most {pictures:,} pictures)",
-        type="primary",
-        icon=":material/play_arrow:",
-        key="draw scenarios",
-        on_click=_ui.safely(_submit),
-        args=(key, missing, model, path),
-    )
+    label = f"Draw {len(missing)} scenario{'s' * (len(missing) > 1)} (at most {pictures:,} pictures)"
+    _ui.offer("scenarios " + " ".join(recipe.hash for recipe in missing), label, prepare, name="draw scenarios")
 
 
-def _submit(key: str, missing: list[Recipe], model: GE2Hist, path: Path) -> None:
-    inputs = [(_cells(recipe, model, path), _ui.network_of(recipe)) for recipe in missing]
-    cache = _ui.get_cache()
+def _draw_all(
+    recipes: list[Recipe],
+    inputs: list[tuple[Cells, Network | None]],
+    model: GE2Hist,
+    cache: DiskCache,
+    *,
+    on_progress: Callable[[Progress], None],
+    cancel: threading.Event,
+) -> None:
+    from perturb.run import Progress, run
 
-    def work(on_progress: Callable[[Progress], None], cancel: Any) -> None:
-        from perturb.run import Progress, run
+    for i, (recipe, (cells, network)) in enumerate(zip(recipes, inputs, strict=True)):
 
-        for i, (recipe, (cells, network)) in enumerate(zip(missing, inputs, strict=True)):
+        def report(progress: Progress, i: int = i) -> None:
+            text = f"Scenario {i + 1} of {len(recipes)}"
+            on_progress(Progress((i + progress.fraction) / len(recipes), text, progress.preview))
 
-            def report(progress: Progress, i: int = i) -> None:
-                text = f"Scenario {i + 1} of {len(missing)}"
-                on_progress(Progress((i + progress.fraction) / len(missing), text, progress.preview))
-
-            run(recipe, model, cells, network=network, cache=cache, on_progress=report, cancel=cancel)
-
-    _ui.get_worker().submit(key, work, _ui.owner())
+        run(recipe, model, cells, network=network, cache=cache, on_progress=report, cancel=cancel)
 
 
 with _ui.guard():

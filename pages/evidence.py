@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from pages import _ui
+from pages._lights import evidence_of, gather_button, lights, parts
 
 if TYPE_CHECKING:
+    from ge2hist_core.data import H5adSource
     from ge2hist_core.model import GE2Hist
     from pages._experiment import Experiment
+    from perturb.evidence import Evidence
     from perturb.result import Result
     from perturb.track_record import Fit
-    from perturb.verdict import Verdict
 
-LOOKS = {
-    "green": ":green-badge[:material/check_circle: supported]",
-    "amber": ":orange-badge[:material/error: partly supported]",
-    "grey": ":gray-badge[:material/help: no evidence]",
-}
-READOUTS = {"density": "Density", "spacing": "Nearest neighbour"}
+REMEDIES = {
+    "remedy": "What is done", "false_effects": "false effects", "power_drivers": "power, one driver",
+    "power_programmes": "power, programme", "refused_drivers": "drivers refused",
+}  # fmt: skip
 
 SIMULATED = (
     "- **Simulated tissue.** It learnt from one simulated kind of tissue, and draws real cells by extrapolation."
@@ -46,7 +46,7 @@ def page() -> None:
         if opened is None:
             st.info("There are no cells here yet: upload an `.h5ad` file on the Explore page first.")
         else:
-            _comparison(opened[0])
+            _comparison(*opened, model)
     with _ui.guard():
         _evaluation(model)
     st.markdown("##### What this model cannot do")
@@ -60,7 +60,7 @@ def page() -> None:
 # This comparison
 
 
-def _comparison(experiment: Experiment) -> None:
+def _comparison(experiment: Experiment, source: H5adSource, model: GE2Hist) -> None:
     recipe = experiment.recipe
     if _ui.under_way(recipe.hash):
         return
@@ -68,7 +68,13 @@ def _comparison(experiment: Experiment) -> None:
     if result is None:
         _how_to_compare(experiment)
         return
-    _lights(result)
+    evidence, complete = evidence_of(result, model, source)
+    _lights(result, evidence)
+    if evidence is None:
+        return
+    gather_button(result, model, source, complete)
+    st.markdown("##### The evidence, question by question")
+    parts(evidence)
 
 
 def _how_to_compare(experiment: Experiment) -> None:
@@ -85,8 +91,8 @@ def _how_to_compare(experiment: Experiment) -> None:
         st.page_link("pages/explore.py", label="Go to Explore", icon=":material/biotech:")
 
 
-def _lights(result: Result) -> None:
-    from perturb.verdict import verdicts
+def _lights(result: Result, evidence: Evidence | None) -> None:
+    from perturb.verdict import RULE
 
     recipe = result.recipe
     more = len(recipe.cell_ids) - 1
@@ -94,26 +100,12 @@ def _lights(result: Result) -> None:
         f"**{_ui.plain(recipe.perturbation)}** in **{_ui.plain(recipe.cell_ids[0])}**"
         f"{f' and {more} more cells' * bool(more)}, {len(recipe.seeds)} noise seeds. Open a line for its reasons."
     )
-    with st.container(gap="small", key="lights"):
-        for verdict in verdicts(result):
-            _line(verdict)
-    st.caption(
-        "Green: the model's pictures differ by more than the noise of drawing them, for a cell inside its training data"
-        f"{', and by more than random wiring explains' * (recipe.propagation is not None)}. Amber: some of this, not "
-        "all. Grey: no evidence. No light says that tissue would change. Shares: the three most frequent types before "
-        "the edit; all readouts are on the Explore page."
-    )
+    lights(result, evidence)
+    st.caption(f"{RULE} Shares: the three most frequent types before the edit; all readouts are on the Explore page.")
     if result.warnings:
         with st.expander(f"Technical doubts about this run ({len(result.warnings)})", icon=":material/warning:"):
             for warning in result.warnings:
                 st.markdown(f"- {_ui.plain(warning)}")
-
-
-def _line(verdict: Verdict) -> None:
-    name = READOUTS.get(verdict.readout, f"Share of {verdict.readout.partition(':')[2]}")
-    with st.expander(f"{LOOKS[verdict.light]} **{_ui.plain(name)}.** {_ui.plain(verdict.claim)}"):
-        marks = {True: ":green[:material/check:]", False: ":gray[:material/close:]"}
-        st.markdown("  \n".join(f"{marks[check.passed]} {_ui.plain(check.reason)}" for check in verdict.checks))
 
 
 # What was measured of the bundle
@@ -136,6 +128,8 @@ def _evaluation(model: GE2Hist) -> None:
             st.caption(
                 "This bundle's evaluation holds no edits of known effect: truth is known for simulated tissue alone."
             )
+    with _ui.guard():
+        _genes_of_known_effect(model)
     st.markdown("##### How well pictures fit real tissue")
     with _ui.guard():
         rows = fits(evaluation)
@@ -182,6 +176,56 @@ def _known_truth(evaluation: dict[str, Any], effects: Any) -> None:
         "One triangle per programme, direction and readout, pointing the way the programme was pushed. Only causes "
         "were edited here; genes that merely travel along, whose true effect is none, are not in this chart."
     )
+
+
+def _genes_of_known_effect(model: GE2Hist) -> None:
+    """What ``known-truth`` measured: causes, followers and unlinked genes, with and without networks."""
+    from perturb import charts, track_record
+
+    known = track_record.read_known_truth(_ui.bundle_folder())
+    if known is None or known.get("bundle_sha256") != model.sha256:
+        return
+    with st.expander("**Causes and companions: how often is an effect real?**"):
+        _paragraph(track_record.false_effects_in_words(known))
+        _bullets(track_record.how_often_right(known))
+        table = track_record.remedies(known)
+        if len(table):
+            st.markdown("What lowers false effects, and what it costs:")
+            st.dataframe(table.rename(columns=REMEDIES), hide_index=True, key="remedies")
+            st.caption(
+                "False effects: readouts of edits of genes that only follow, beyond 95 % of those of unlinked genes. "
+                "Power: the same share for edits of causes. In brackets 95 % intervals over held-out donors."
+            )
+    with st.expander("**Does a network of regulators help?**"):
+        _bullets(track_record.propagation_in_words(known))
+        st.caption(
+            "Compared on readouts whose true effect is clear; followers have none. The true network can be known for "
+            "simulated tissue alone; one fitted to the cells in hand is what the Explore page offers."
+        )
+    with st.expander("**Are effects as large as they are said to be?**"):
+        curve = track_record.calibration(known)
+        if len(curve):
+            figure = charts.calibration(curve, _ui.theme())
+            st.plotly_chart(figure, theme=None, key="calibration", config=charts.CHART_CONFIG)
+        st.caption(
+            "Edits of like modelled effect are taken together; bars: 95 % intervals of the mean true effect over "
+            "held-out donors. Modelled by the niche network, without pictures."
+        )
+        _bullets(track_record.drawn_in_words(known))
+    encoders = track_record.encoders_in_words(known)
+    if encoders:
+        with st.expander("**What does the cell encoder know of the niche?**"):
+            _bullets(encoders)
+
+
+def _paragraph(text: str) -> None:
+    if text:
+        st.markdown(_ui.plain(text))
+
+
+def _bullets(lines: list[str]) -> None:
+    if lines:
+        st.markdown("\n".join(f"- {_ui.plain(one)}" for one in lines))
 
 
 def _fit(evaluation: dict[str, Any], rows: list[Fit]) -> None:

@@ -8,6 +8,7 @@ from ge2hist_core.types import BadInput
 from pages import _ui
 from pages._cells import cell_panel, data_panel, upload
 from pages._genes import gene_panel
+from pages._map import map_view
 from pages._network import network_panel
 from pages._niche import niche_panel
 from pages._results import results
@@ -52,9 +53,9 @@ def page() -> None:
         try:
             profile = _ui.get_profile(experiment.recipe, model, source)
         except BadInput:  # a cell that the encoder knows nothing of: the way to others has to stay
-            cell_panel(experiment, source, None)
+            cell_panel(experiment, source, model, None)
             raise
-        cell_panel(experiment, source, profile)
+        cell_panel(experiment, source, model, profile)
     genes, niche = st.columns([1, 2.35], gap="medium")
     with genes, _ui.guard():
         gene_panel(experiment, profile, _ui.get_edits(experiment.recipe, model, source))
@@ -65,7 +66,7 @@ def page() -> None:
         if shown is not None:
             with _ui.guard():
                 results(shown, model, source)
-    _ui.write_address(experiment)
+    _ui.write_address(experiment, map_view().to_query())
 
 
 with _ui.guard():

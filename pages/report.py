@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -12,6 +13,7 @@ from ge2hist_core.types import BadInput
 from pages import _ui
 from pages._downloads import result_downloads
 from pages._experiment import Experiment
+from pages._lights import evidence_of, gather_button
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from perturb.grn import Network
     from perturb.recipe import Recipe
     from perturb.replay import SavedReport
-    from perturb.run import Progress
 
 MAX_UPLOAD_MB = 200
 
@@ -64,8 +65,12 @@ def page() -> None:
             on_click=_ui.safely(_ui.submit),
             args=(recipe, model, source),
         )
-    result_downloads(result, lambda: _ui.get_cells(result.recipe, source))
-    st.iframe(_ui.report_html(result.recipe.hash, result), height=900, alt="Preview of the report")
+    evidence, complete = evidence_of(result, model, source)
+    if evidence is not None and not complete:
+        st.caption("The report holds the evidence that is at hand. Gather the rest to have it in the report:")
+        gather_button(result, model, source, complete)
+    result_downloads(result, evidence, lambda: _ui.get_cells(result.recipe, source))
+    st.iframe(_ui.report_html(result, evidence), height=900, alt="Preview of the report")
 
 
 def _replay(model: GE2Hist) -> None:
@@ -110,36 +115,30 @@ def _report(uploaded: Any, model: GE2Hist) -> None:
         of = f"screen of {len(saved.what.candidates)} candidates, {saved.what.pictures} pictures"
         _describe(of, saved.recipe, len(saved.what.first_seeds) + len(saved.what.further_seeds))
     key = hashlib.sha256(b"replay" + content).hexdigest()
-    if _ui.under_way(key):
-        return
     verdict = _ui.get_cache().load_json(key)
-    if verdict is not None:
-        show = st.success if verdict["same"] else st.error
-        show(_ui.plain(verdict["verdict"]), icon=":material/check:" if verdict["same"] else ":material/error:")
-        if not verdict["same"] and (why := changed_versions(saved)):
-            st.caption(_ui.plain(why))
-        if isinstance(saved.what, Recipe):
-            st.button("Open it", key="open replayed", on_click=_ui.safely(_open), args=(saved, model))
-    st.button(
-        "Replay it" if verdict is None else "Replay it again",
-        type="primary" if verdict is None else "secondary",
-        key="replay",
-        on_click=_ui.safely(_start_report),
-        args=(key, saved, path, model),
-    )
+    label = "Replay it" if verdict is None else "Replay it again"
+    prepare = partial(_prepare, key, saved, path, model)
+    if _ui.offer(key, label, prepare, name="replay", primary=verdict is None) or verdict is None:
+        return
+    show = st.success if verdict["same"] else st.error
+    show(_ui.plain(verdict["verdict"]), icon=":material/check:" if verdict["same"] else ":material/error:")
+    if not verdict["same"] and (why := changed_versions(saved)):
+        st.caption(_ui.plain(why))
+    if isinstance(saved.what, Recipe):
+        st.button("Open it", key="open replayed", on_click=_ui.safely(_open), args=(saved, model))
 
 
-def _start_report(key: str, saved: SavedReport, path: Path, model: GE2Hist) -> None:
+def _prepare(key: str, saved: SavedReport, path: Path, model: GE2Hist) -> Callable[..., object]:
     recipe, cache = saved.recipe, _ui.get_cache()
     cells = _ui.get_cells(recipe, _ui.get_source(path, model, recipe.matrix, recipe.gene_column))
 
-    def work(on_progress: Callable[[Progress], None], cancel: Any) -> None:
+    def task(**how: Any) -> None:
         from perturb.replay import rerun
 
-        found = rerun(saved, model, cells, cache=cache, on_progress=on_progress, cancel=cancel)
+        found = rerun(saved, model, cells, cache=cache, **how)
         cache.store_json(key, {"same": found.same, "verdict": found.verdict})
 
-    _ui.get_worker().submit(key, work, _ui.owner())
+    return task
 
 
 def _open(saved: SavedReport, model: GE2Hist) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import streamlit as st
 
@@ -11,6 +12,7 @@ from ge2hist_core.types import BadInput
 from pages import _ui
 from pages._downloads import screen_downloads
 from pages._experiment import Experiment
+from pages._gene_search import choose_genes
 from pages._goal import goal_panel
 from perturb.edits import Perturbation
 
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
     from ge2hist_core.data import H5adSource
     from ge2hist_core.model import GE2Hist
-    from perturb.run import Progress
     from perturb.screen import Screen, ScreenResult
 
 KINDS = ("Which edits move the niche?", "Edits towards a target")
@@ -86,7 +87,7 @@ def _choices(experiment: Experiment, model: GE2Hist, source: H5adSource) -> Scre
             "changes nothing at all."
         )
     elif what == WHAT[1]:
-        names = st.multiselect("Genes to knock out", list(dict.fromkeys(source.genes)), key="screen genes")
+        names = choose_genes("Genes to knock out", source, "screen genes")
         if not names:
             st.caption("Choose at least one gene.")
             return None
@@ -102,38 +103,24 @@ def _choices(experiment: Experiment, model: GE2Hist, source: H5adSource) -> Scre
 def _screen(screen: Screen, experiment: Experiment, model: GE2Hist, source: H5adSource) -> None:
     from perturb.screen import load_screen
 
+    def prepare() -> Callable[..., object]:
+        from perturb.screen import run_screen
+
+        return partial(run_screen, screen, model, _ui.get_cells(screen.recipe, source), _ui.get_cache())
+
     result = load_screen(screen.hash, _ui.get_cache())
-    if _ui.under_way(screen.hash):
+    label = "Start the screen" if result is None else None if result.complete else "Go on with the screen"
+    minutes = (screen.pictures * _ui.SECONDS_PER_PICTURE + len(screen.candidates) * 0.02) / 60
+    caption = (
+        f"Ranks {len(screen.candidates)} candidates and draws {screen.pictures} pictures: about "
+        f"{max(minutes, 0.1):.1f} minutes on two cores with the demo bundle. It can be cancelled; what is finished "
+        f"is kept. {screen.reach()}"
+    )
+    if _ui.offer(screen.hash, label, prepare, name="start screen", caption=caption):
         return
-    if result is None or not result.complete:
-        minutes = (screen.pictures * _ui.SECONDS_PER_PICTURE + len(screen.candidates) * 0.02) / 60
-        st.button(
-            "Start the screen" if result is None else "Go on with the screen",
-            type="primary",
-            icon=":material/play_arrow:",
-            key="start screen",
-            on_click=_ui.safely(_submit),
-            args=(screen, model, source),
-        )
-        st.caption(
-            f"Ranks {len(screen.candidates)} candidates and draws {screen.pictures} pictures: about "
-            f"{max(minutes, 0.1):.1f} minutes on two cores with the demo bundle. It can be cancelled; what is finished "
-            f"is kept. {screen.reach()}"
-        )
     if result is not None:
         _show(result, screen, experiment)
         screen_downloads(screen, result, model, _ui.get_cells(screen.recipe, source))
-
-
-def _submit(screen: Screen, model: GE2Hist, source: H5adSource) -> None:
-    cells, cache = _ui.get_cells(screen.recipe, source), _ui.get_cache()
-
-    def work(on_progress: Callable[[Progress], None], cancel: Any) -> None:
-        from perturb.screen import run_screen
-
-        run_screen(screen, model, cells, cache, on_progress=on_progress, cancel=cancel)
-
-    _ui.get_worker().submit(screen.hash, work, _ui.owner())
 
 
 def _show(result: ScreenResult, screen: Screen, experiment: Experiment) -> None:

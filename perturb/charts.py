@@ -6,7 +6,7 @@ Error bars are the intervals of the table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -19,7 +19,10 @@ from perturb.colours import colour_of
 
 __all__ = [
     "CHART_CONFIG",
+    "SUPPORT",
     "THEMES",
+    "calibration",
+    "cell_map",
     "composition",
     "density",
     "dose_response",
@@ -556,3 +559,211 @@ def true_against_drawn(effects: pd.DataFrame, slopes: Mapping[str, float], theme
     _finish(figure, theme, "Drawn against true changes")
     legend = {"orientation": "h", "x": 0.0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
     return figure.update_layout(height=500, legend=legend)
+
+
+SUPPORT = ("Inside the training data", "Outside the training data", "Not looked at")
+"""Groups of cells on a map that is coloured by support."""
+
+_DONORS = {
+    "light": ["#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE", "#882255", "#44AA99", "#999933", "#AA4499"],
+    "dark": ["#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#99DDFF", "#44BB99", "#BBCC33", "#AAAA00", "#DDDDDD"],
+}
+"""Tol's muted and light schemes (sronpersonalpages.nl/~pault); with more donors than colours the marker changes."""
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
+
+
+def cell_map(
+    cells: pd.DataFrame,
+    chosen: Mapping[str, Sequence[object]],
+    *,
+    colour: str,
+    value: str = "",
+    axes: tuple[str, str] = ("UMAP 1", "UMAP 2"),
+    downwards: bool = False,
+    moves: pd.DataFrame | None = None,
+    theme: str = "light",
+) -> go.Figure:
+    """Cells on a map, the chosen ones ringed; ``customdata`` of every point is its cell's id.
+
+    Parameters
+    ----------
+    cells: ``cell_id, x, y`` and ``group``, or ``value`` where ``colour`` is ``gene``; cells with value 0 or NaN are
+        grey and lie below, the others with the highest on top.
+    chosen: ``cell_id, x, y``.
+    colour: what the groups are: ``type``, ``donor``, ``support`` (of ``SUPPORT``); or ``gene``.
+    value: name and unit of the value. axes: titles with units.
+    downwards: y counts downwards and both axes share a scale, as in a picture.
+    moves: arrows, ``cell_id, x, y, dx, dy, p`` (:func:`perturb.cell_map.shifts`); pale where p > 0.05.
+    """
+    look = THEMES[theme]
+    size = 7 if len(cells) < 3000 else 4
+    # A thin outline keeps pale colours apart from the ground; on many small points it would be all that is seen.
+    line = {"width": 0.5 if len(cells) < 3000 else 0, "color": look["muted"]}
+    figure = go.Figure()
+
+    def points(part: pd.DataFrame, name: str, marker: dict[str, object], says: str, **more: object) -> None:
+        figure.add_scattergl(
+            x=part["x"],
+            y=part["y"],
+            customdata=part["cell_id"],
+            mode="markers",
+            name=name,
+            marker={"size": size, "line": line} | marker,
+            hovertemplate="%{customdata}<br>" + says + "<extra></extra>",
+            **more,
+        )
+
+    if colour == "gene":
+        shows = cells["value"] > 0
+        points(cells[~shows], "Not expressed", {"color": look["grid"]}, "not expressed")
+        part = cells[shows].sort_values("value", kind="stable")
+        scale = "Viridis" if theme == "dark" else "Viridis_r"
+        bar = {"title": {"text": escape(value), "side": "right"}, "thickness": 14}
+        shade = {"color": part["value"], "colorscale": scale, "showscale": bool(len(part)), "colorbar": bar}
+        span = {"cmin": 0.0, "cmax": float(part["value"].max()) if len(part) else 1.0}
+        says = escape(value.partition(",")[0]) + " %{marker.color:.2f}"
+        points(part, "Expressed", shade | span, says, showlegend=False)
+    else:
+        names = sorted(set(cells["group"].astype(str)))
+        if colour == "support":
+            names = [name for name in SUPPORT[::-1] if name in names]
+        shades = _DONORS[theme]
+        for i, name in enumerate(names):
+            looks: dict[str, dict[str, object]] = {
+                "type": {"color": colour_of(name)},
+                "support": {"color": dict(zip(SUPPORT, ("#009E73", "#E69F00", look["grid"]), strict=True)).get(name)},
+                "donor": {"color": shades[i % len(shades)], "symbol": _SYMBOLS[i // len(shades) % len(_SYMBOLS)]},
+            }
+            points(cells[cells["group"].astype(str) == name], escape(name), looks[colour], escape(name))
+    figure.add_scattergl(
+        x=list(chosen["x"]),
+        y=list(chosen["y"]),
+        customdata=list(chosen["cell_id"]),
+        mode="markers",
+        name="Chosen cell" if len(chosen["cell_id"]) == 1 else "Chosen cells",
+        marker={"size": 16, "symbol": "circle-open", "color": look["ink"], "line": {"width": 3}},
+        hovertemplate="%{customdata}<br>chosen<extra></extra>",
+    )
+    if moves is not None:
+        _arrows(figure, moves, theme)
+    _finish(figure, theme, "")
+    figure.update_layout(
+        height=400,
+        margin={"l": 10, "r": 10, "t": 10, "b": 10},
+        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1.0, "yanchor": "top", "itemsizing": "constant"},
+        dragmode="pan",
+        clickmode="event+select",
+        uirevision="map",
+    )
+    figure.update_xaxes(title_text=axes[0], zeroline=False)
+    figure.update_yaxes(title_text=axes[1], zeroline=False)
+    if colour == "gene":  # the colour bar stands where the legend would
+        figure.update_layout(legend={"orientation": "h", "x": 0.0, "xanchor": "left", "y": 1.0, "yanchor": "bottom"})
+    if downwards:
+        figure.update_yaxes(autorange="reversed", scaleanchor="x")
+    return figure
+
+
+def _arrows(figure: go.Figure, moves: pd.DataFrame, theme: str) -> None:
+    """An arrow from each cell and a marker at its end; pale and open where p > 0.05."""
+    look = THEMES[theme]
+    for noise, name in ((False, "Where the edit moves it"), (True, "No further than ties")):
+        part = moves[((moves["p"] > OUTSIDE) == noise) & (moves["length"] > 0)]
+        if not len(part):
+            continue
+        colour = look["muted" if noise else "ink"]
+        end = {axis: part[axis] + part[f"d{axis}"] for axis in "xy"}
+        figure.add_scattergl(
+            **end,
+            customdata=part["cell_id"],
+            mode="markers",
+            name=name,
+            marker={
+                "symbol": "diamond-open" if noise else "diamond",
+                "size": 10,
+                "color": colour,
+                "line": {"width": 2, "color": colour},
+            },
+            hovertemplate="%{customdata}, edited<extra></extra>",
+        )
+        # Annotations lie above the points, lines of the data below them.
+        for x, y, to_x, to_y in zip(part["x"], part["y"], end["x"], end["y"], strict=True):
+            figure.add_annotation(
+                x=to_x,
+                y=to_y,
+                ax=x,
+                ay=y,
+                xref="x",
+                yref="y",
+                axref="x",
+                ayref="y",
+                text="",
+                showarrow=True,
+                arrowhead=2,
+                arrowwidth=2,
+                arrowcolor=colour,
+            )
+
+
+def calibration(table: pd.DataFrame, theme: str = "light") -> go.Figure:
+    """Mean true effect of edits of like modelled effect, a panel per unit; on the diagonal both are equal.
+
+    Filled: edits of causes, a marker and line per way of editing. Open: direct edits of genes that only follow a cause,
+    whose true effect is 0.
+
+    Parameters
+    ----------
+    table: ``arm, group, unit, model, true, low, high, n`` (:func:`perturb.track_record.calibration`).
+    """
+    units, look = list(dict.fromkeys(table["unit"])), THEMES[theme]
+    figure = make_subplots(rows=1, cols=max(len(units), 1), horizontal_spacing=0.12)
+    traces = [("causes", arm) for arm in dict.fromkeys(table["arm"])] + [("followers", "direct")]
+    styles = list(zip(("circle", "square", "diamond", "cross"), ("solid", "dash", "dot", "dashdot"), strict=True))
+    for column, unit in enumerate(units, start=1):
+        rows = table[(table["unit"] == unit) & table[["model", "true"]].notna().all(axis=1)]
+        end = 1.1 * float(rows[["model", "true"]].abs().to_numpy().max(initial=0.0)) or 1.0
+        place = {"row": 1, "col": column}
+        figure.add_scatter(
+            x=[-end, end],
+            y=[-end, end],
+            mode="lines",
+            name="Modelled = true",
+            showlegend=column == 1,
+            legendgroup="diagonal",
+            line={"color": look["muted"], "dash": "dot", "width": 1.5},
+            hoverinfo="skip",
+            **place,
+        )
+        for k, (group, arm) in enumerate(traces):
+            part = rows[(rows["group"] == group) & (rows["arm"] == arm)].sort_values("model", kind="stable")
+            if not len(part):
+                continue
+            follows = group == "followers"
+            symbol, dash = styles[k % len(styles)]
+            name = "Genes that only follow, direct" if follows else f"Causes, {arm}"
+            figure.add_scatter(
+                x=part["model"],
+                y=part["true"],
+                error_y=_error(part, "true", theme),
+                customdata=part[["low", "high", "n"]],
+                mode="markers" if follows else "lines+markers",
+                name=escape(name),
+                legendgroup=name,
+                showlegend=column == 1,
+                line={"color": look["muted"], "width": 1.5, "dash": dash},
+                marker={
+                    "size": 9,
+                    "color": look["ink"],
+                    "symbol": "circle-open" if follows else symbol,
+                    "line": {"color": look["ink"], "width": 1.5},
+                },
+                hovertemplate=f"{escape(name)}<br>modelled %{{x:+.3g}}, true %{{y:+.3g}} {unit}"
+                "<br>interval %{customdata[0]:.3g} to %{customdata[1]:.3g}, n = %{customdata[2]}<extra></extra>",
+                **place,
+            )
+        title = "density" if unit == "cells/mm²" else "shares"
+        figure.update_xaxes(title_text=f"Modelled change of {title} ({unit})", range=[-end, end], **place)
+        figure.update_yaxes(title_text=f"Mean true change ({unit})", range=[-end, end], **place)
+    _finish(figure, theme, "Are effects as large as they are said to be?")
+    legend = {"orientation": "h", "x": 0.0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
+    return figure.update_layout(height=460, legend=legend)

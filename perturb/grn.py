@@ -30,7 +30,7 @@ import math
 import numbers
 import re
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -501,6 +501,7 @@ def fit_network(
     max_edges: int = 2000,
     seed: int = 0,
     name: str = "fitted network",
+    tick: Callable[[float], None] | None = None,
 ) -> Network:
     r"""Signed weights from variation between cells: bagged ridge regression per target, in the manner of CellOracle.
 
@@ -532,6 +533,7 @@ def fit_network(
     bags: bootstrap samples, 10 to 1000. More give smaller attainable p.
     max_q: in (0, 1]. max_edges: at least 1.
     seed: of the bootstrap.
+    tick: called after each bag with the share of the fit that is done; may raise to stop.
 
     Returns
     -------
@@ -554,9 +556,17 @@ def fit_network(
     targets = np.flatnonzero(allowed.any(axis=0))
     x = _centred(logs[:, rows].toarray(), strata)
     weights, p = np.zeros(allowed.shape), np.full(allowed.shape, np.nan)
-    for block in np.array_split(targets, math.ceil(len(targets) / _TARGET_BLOCK)):
+    blocks = np.array_split(targets, math.ceil(len(targets) / _TARGET_BLOCK))
+    for i, block in enumerate(blocks):
+
+        def part(share: float, before: int = i) -> None:
+            if tick is not None:
+                tick((before + share) / len(blocks))
+
         y = _centred(logs[:, block].toarray(), strata)
-        weights[:, block], p[:, block] = bagged_ridge(x, y, allowed[:, block], alpha=alpha, bags=int(bags), seed=seed)
+        weights[:, block], p[:, block] = bagged_ridge(
+            x, y, allowed[:, block], alpha=alpha, bags=int(bags), seed=seed, tick=part
+        )
     p[_expected_together(logs, rows, strata) < MIN_TOGETHER] = np.nan
     weights = np.round(weights, WEIGHT_DIGITS)
     source, target = _kept_edges(weights, p, max_q, int(max_edges))
@@ -583,7 +593,14 @@ def _kept_edges(weights: np.ndarray, p: np.ndarray, max_q: float, max_edges: int
 
 
 def bagged_ridge(
-    x: np.ndarray, y: np.ndarray, allowed: np.ndarray, *, alpha: float, bags: int, seed: int
+    x: np.ndarray,
+    y: np.ndarray,
+    allowed: np.ndarray,
+    *,
+    alpha: float,
+    bags: int,
+    seed: int,
+    tick: Callable[[float], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""Ridge coefficients averaged over bootstrap samples of the cells, and their p.
 
@@ -604,6 +621,7 @@ def bagged_ridge(
     x: ``[cell, regulator]``. y: ``[cell, target]``, log expression.
     allowed: ``[regulator, target]`` bool.
     alpha: > 0. bags: at least 2.
+    tick: called after each bag with the share of bags that are done; may raise to stop.
 
     Returns
     -------
@@ -624,6 +642,8 @@ def bagged_ridge(
         step = beta - mean
         mean += step / (b + 1)
         squares += step * (beta - mean)
+        if tick is not None:
+            tick((b + 1) / bags)
     s = np.sqrt(squares / (bags - 1))
     # What is constant differs from bag to bag by rounding alone.
     varies = allowed & (s > 1e-9)

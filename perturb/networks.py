@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +24,21 @@ from perturb.grn import Network, fit_network, pack_network, read_network, unpack
 
 if TYPE_CHECKING:
     from ge2hist_core.data import H5adSource
+    from perturb.cache import DiskCache
     from perturb.recipe import Recipe
+    from perturb.run import Progress
 
-__all__ = ["fitted", "keep_network", "kept_network", "kept_networks", "known_truth", "network_for"]
+__all__ = [
+    "fit_and_keep",
+    "fit_kept",
+    "fit_key",
+    "fitted",
+    "keep_network",
+    "kept_network",
+    "kept_networks",
+    "known_truth",
+    "network_for",
+]
 
 FIT_CELLS = 4000
 """Cells that a network is fitted to, at most; drawn at random once for all."""
@@ -58,7 +72,13 @@ def known_truth() -> Network:
 
 
 def fitted(
-    source: H5adSource, candidates: Network | Sequence[str], *, name: str, cell_type: str | None = None
+    source: H5adSource,
+    candidates: Network | Sequence[str],
+    *,
+    name: str,
+    cell_type: str | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    cancel: threading.Event | None = None,
 ) -> Network:
     """A network fitted to the cells of a file; see :func:`perturb.grn.fit_network`.
 
@@ -70,7 +90,17 @@ def fitted(
     Raises
     ------
     BadInput: too few cells with counts, no candidate among their genes, an unknown type.
+    ge2hist_core.sampler.Stopped: cancelled.
     """
+    from ge2hist_core.sampler import Stopped
+    from perturb.run import Progress
+
+    def tick(share: float) -> None:
+        if cancel is not None and cancel.is_set():
+            raise Stopped
+        if on_progress is not None:
+            on_progress(Progress(share, "Fitting the network"))
+
     rows = ~source.empty
     if cell_type is not None:
         known = [] if source.cell_type is None else sorted(set(source.cell_type))
@@ -80,7 +110,46 @@ def fitted(
             )
         rows &= source.cell_type == cell_type
     chosen = rng.stream(0, "network cells").permutation(np.flatnonzero(rows))[:FIT_CELLS]
-    return fit_network(source.take(np.sort(chosen)), candidates, name=name)
+    return fit_network(source.take(np.sort(chosen)), candidates, name=name, tick=tick)
+
+
+def fit_key(source: H5adSource, regulators: Sequence[str]) -> str:
+    """SHA-256 of all that decides a network fitted to the cells of a file, as :func:`fit_and_keep` knows it by."""
+    read = source.preview
+    value = ["fitted network", source.sha256, read.matrix, read.gene_column, sorted(set(regulators))]
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def fit_and_keep(
+    source: H5adSource,
+    regulators: Sequence[str],
+    folder: Path,
+    cache: DiskCache,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    cancel: threading.Event | None = None,
+) -> Network:
+    """Fit a network, keep it in ``folder`` if it has an edge, and note its SHA-256 in the cache under :func:`fit_key`.
+
+    Raises
+    ------
+    As :func:`fitted`.
+    """
+    name = f"fitted to {source.path.name}"[:60]
+    network = fitted(source, regulators, name=name, on_progress=on_progress, cancel=cancel)
+    if len(network):
+        keep_network(network, folder)
+    cache.store_json(fit_key(source, regulators), {"network_sha256": network.sha256 if len(network) else ""})
+    return network
+
+
+def fit_kept(source: H5adSource, regulators: Sequence[str], folder: Path, cache: DiskCache) -> str | None:
+    """SHA-256 of the network that was fitted so, "" if it had no edge; None where it was not, or is no longer kept."""
+    found = cache.load_json(fit_key(source, regulators))
+    if found is None:
+        return None
+    sha256 = found["network_sha256"]
+    return sha256 if not sha256 or (folder / f"{sha256}.json").is_file() else None
 
 
 def keep_network(network: Network, folder: Path) -> None:
@@ -162,6 +231,7 @@ def main(args: argparse.Namespace) -> None:
     BadInput: a table or h5ad that cannot be used.
     """
     from ge2hist_core.data import open_h5ad
+    from perturb.run import print_progress
 
     if args.what == "show":
         network = read_network(args.table)
@@ -170,7 +240,9 @@ def main(args: argparse.Namespace) -> None:
     else:
         candidates = read_network(args.candidates) if args.candidates else args.regulators.split(",")
         with open_h5ad(args.cells) as source:
-            network = fitted(source, candidates, name="fitted network", cell_type=args.cell_type)
+            network = fitted(
+                source, candidates, name="fitted network", cell_type=args.cell_type, on_progress=print_progress()
+            )
     if args.what != "show":
         with atomic_path(Path(args.out)) as temporary:
             network.table().to_csv(temporary, index=False, lineterminator="\n")

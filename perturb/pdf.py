@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from perturb.edits import Perturbation
+    from perturb.evidence import Evidence
     from perturb.recipe import Recipe
     from perturb.result import Result
     from perturb.screen import Screen, ScreenResult
@@ -44,15 +45,35 @@ MAX_ROWS = 2 * ROWS
 """Rows of a table in the PDF; the files hold all."""
 
 
-def result_pdf(result: Result) -> bytes:
-    """A comparison."""
+def result_pdf(result: Result, evidence: Evidence | None = None) -> bytes:
+    """A comparison, with the evidence on it where it is given."""
     recipe, origin = result.recipe, Origin.of_result(result)
     further = [
         ("Recipe", [f"SHA-256 {recipe.hash}", json.dumps(recipe.to_dict(), ensure_ascii=False)]),
     ]
     question = wording.question(recipe)
-    words = _sections(recipe, wording.facts(recipe, origin), wording.method(result), wording.CAUTIONS, further)
+    method = wording.method(result, evidence)
+    words = _sections(recipe, wording.facts(recipe, origin), method, wording.CAUTIONS, further)
+    if evidence is not None:
+        words = [*_evidence(result, evidence), *words]
     return _pdf(question, [_first(result, question), *_effects(result), *_text(words)])
+
+
+def _evidence(result: Result, evidence: Evidence) -> Iterator[tuple[str, Sequence[str]]]:
+    """Lights with their reasons, then what each part says; its tables are in the HTML page and the files."""
+    from perturb.evidence_words import TITLES, name_of, sections
+    from perturb.verdict import RULE, verdicts
+
+    lights = [RULE]
+    for one in verdicts(result, evidence):
+        lights.append(f"{one.light.upper()}  {name_of(one.readout)}: {one.claim}")
+        lights += [f"- {'met' if check.passed else 'not met'}: {check.reason}" for check in one.checks]
+        lights += [f"- note: {note}" for note in one.notes]
+    yield "Evidence", lights
+    for _, title, sentences, _ in sections(evidence):
+        yield title, [f"- {sentence}" for sentence in sentences]
+    if evidence.missing:
+        yield "Not answered", [f"- {TITLES[name]} {reason}" for name, reason in evidence.missing.items()]
 
 
 def screen_pdf(screen: Screen, result: ScreenResult, origin: Origin) -> bytes:

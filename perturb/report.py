@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -22,6 +22,9 @@ from perturb.page import Table, csv_bytes, for_people, json_bytes, json_lines, r
 from perturb.result import TABLES, Result
 from perturb.tables import LEVEL
 from perturb.wording import NOTICE, Origin
+
+if TYPE_CHECKING:
+    from perturb.evidence import Evidence
 
 __all__ = ["csv_bytes", "h5ad", "html", "pdf", "report_files", "write_report", "zip_bytes"]
 
@@ -58,13 +61,15 @@ FILES = {
     "spread_effects.csv": "what spreading through the network did",
     "nuclei.csv": "every nucleus found: position and area in um, type, probability",
     "enrichment.csv": "which types are neighbours more often than by chance, per picture",
+    "evidence.json": "lights with their reasons, and every part of the evidence: question, sentences, tables, settings",
+    "evidence.csv": "every number of the evidence, one a line, with n, interval and what it covers",
     "pictures/": "every picture at full size, marked as generated, the recipe inside",
 }
 """What stands in README.txt for each file that there is."""
 
 
-def html(result: Result) -> str:
-    """The report as one page."""
+def html(result: Result, evidence: Evidence | None = None) -> str:
+    """The report as one page; with ``evidence`` a section that says whether the effects may be believed."""
     recipe, origin = result.recipe, Origin.of_result(result)
     n_cells, n_seeds = len(recipe.cell_ids), len(recipe.seeds)
     several = n_cells > 1
@@ -82,7 +87,7 @@ def html(result: Result) -> str:
         question=wording.question(recipe),
         warnings=result.warnings,
         cautions=wording.CAUTIONS,
-        method=wording.method(result),
+        method=wording.method(result, evidence),
         references=wording.references(recipe),
         licences=wording.licences(recipe),
         provenance=wording.facts(recipe, origin),
@@ -98,17 +103,32 @@ def html(result: Result) -> str:
         comparison=Table.of(
             for_people(result.comparison), f"Paired effect of the edit on each readout, mean over {over}"
         ),
+        evidence=None if evidence is None else _evidence(result, evidence),
         further=[Table.of(table, caption) for table, caption in _further(result)],
         recipe_sha256=recipe.hash,
         recipe_json=json_lines(recipe.to_dict()),
     )
 
 
-def pdf(result: Result) -> bytes:
+def _evidence(result: Result, evidence: Evidence) -> dict[str, Any]:
+    """Lights, parts and what is missing, as the page's template takes them."""
+    from perturb.evidence_words import TITLES, name_of, sections
+    from perturb.verdict import RULE, verdicts
+
+    parts = [
+        {"title": title, "sentences": sentences, "tables": [Table.of(*table) for table in tables]}
+        for _, title, sentences, tables in sections(evidence)
+    ]
+    lights = [(name_of(one.readout), one) for one in verdicts(result, evidence)]
+    missing = [(TITLES[name], reason) for name, reason in evidence.missing.items()]
+    return {"rule": RULE, "lights": lights, "parts": parts, "missing": missing}
+
+
+def pdf(result: Result, evidence: Evidence | None = None) -> bytes:
     """The report as a PDF of a few A4 pages."""
     from perturb.pdf import result_pdf
 
-    return result_pdf(result)
+    return result_pdf(result, evidence)
 
 
 def h5ad(result: Result, cells: Cells) -> bytes:
@@ -118,21 +138,22 @@ def h5ad(result: Result, cells: Cells) -> bytes:
     return result_h5ad(result, cells)
 
 
-def report_files(result: Result, cells: Cells | None = None) -> dict[str, bytes]:
+def report_files(result: Result, cells: Cells | None = None, *, evidence: Evidence | None = None) -> dict[str, bytes]:
     """Every file of the report by its relative name; ``README.txt`` says what each holds.
 
     Parameters
     ----------
     cells: those that the result was made from (:func:`perturb.run.cells_for`). A result does not hold counts, so
         without them ``result.h5ad`` is left out, which README.txt says.
+    evidence: on this result; adds a section to the page and the PDF, ``evidence.json`` and ``evidence.csv``.
 
     Raises
     ------
-    BadInput: cells other than those of the result.
+    BadInput: cells other than those of the result. ValueError: evidence on another result.
     """
     files = {
-        "report.html": html(result).encode(),
-        "report.pdf": pdf(result),
+        "report.html": html(result, evidence).encode(),
+        "report.pdf": pdf(result, evidence),
         "recipe.json": json_bytes(result.recipe.to_dict()),
         "provenance.json": json_bytes({"notice": NOTICE, "recipe_sha256": result.recipe.hash} | result.provenance),
         "nuclei.csv": csv_bytes(_nuclei(result)),
@@ -140,6 +161,12 @@ def report_files(result: Result, cells: Cells | None = None) -> dict[str, bytes]
     } | {f"{name}.csv": csv_bytes(getattr(result, name)) for name in TABLES if _holds(result, name)}
     if result.network is not None:
         files["network.json"] = json_bytes(pack_network(result.network))
+    if evidence is not None:
+        from perturb.evidence_words import csv_table, json_value
+        from perturb.verdict import verdicts
+
+        files["evidence.json"] = json_bytes(json_value(evidence, verdicts(result, evidence)))
+        files["evidence.csv"] = csv_bytes(csv_table(evidence))
     if cells is not None:
         files["result.h5ad"] = h5ad(result, cells)
     n = len(result.recipe.seeds)
@@ -156,14 +183,16 @@ def report_files(result: Result, cells: Cells | None = None) -> dict[str, bytes]
     return files | {"README.txt": readme(wording.question(result.recipe), said, further)}
 
 
-def zip_bytes(result: Result, cells: Cells | None = None) -> bytes:
-    """All files of the report as one ZIP; ``cells`` as there. The same result gives the same bytes."""
-    return zip_of(report_files(result, cells))
+def zip_bytes(result: Result, cells: Cells | None = None, *, evidence: Evidence | None = None) -> bytes:
+    """All files of the report as one ZIP; parameters as there. The same result gives the same bytes."""
+    return zip_of(report_files(result, cells, evidence=evidence))
 
 
-def write_report(result: Result, out_dir: str | Path, cells: Cells | None = None) -> list[Path]:
+def write_report(
+    result: Result, out_dir: str | Path, cells: Cells | None = None, *, evidence: Evidence | None = None
+) -> list[Path]:
     """Write every file of the report under ``out_dir``; other files there stay. Returns the paths, the page first."""
-    return write_files(report_files(result, cells), out_dir)
+    return write_files(report_files(result, cells, evidence=evidence), out_dir)
 
 
 def _holds(result: Result, name: str) -> bool:

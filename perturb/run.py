@@ -280,8 +280,8 @@ def _draw(
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``python -m perturb run``."""
+def add_arguments(parser: argparse.ArgumentParser, evidence: bool = True) -> None:
+    """Options of ``python -m perturb run``; ``evidence``: with the one that asks for it."""
     parser.add_argument("recipe", help="recipe.json")
     parser.add_argument("--out", required=True, help="folder for report, tables and pictures")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
@@ -290,6 +290,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--network", help="table or JSON of a recipe whose edits spread, if no network.json lies beside it"
     )
     parser.add_argument("--cache", help="folder in which finished arms are kept and looked up")
+    if evidence:
+        from perturb.evidence import add_parts
+
+        parser.add_argument("--evidence", action="store_true", help="add to the report whether its effects hold up")
+        add_parts(parser)
 
 
 def open_recipe(args: argparse.Namespace) -> tuple[Recipe, GE2Hist, Cells]:
@@ -335,6 +340,7 @@ def main(args: argparse.Namespace) -> None:
     ------
     BadInput: a recipe, bundle or data file that cannot be used, or that do not belong together.
     """
+    from perturb.evidence import from_arguments
     from perturb.networks import network_for
     from perturb.report import write_report
 
@@ -342,5 +348,6 @@ def main(args: argparse.Namespace) -> None:
     network = network_for(recipe, args.network, args.recipe)
     cache = DiskCache(args.cache) if args.cache else None
     result = run(recipe, model, cells, network=network, cache=cache, on_progress=print_progress())
-    for path in write_report(result, args.out, cells):
+    evidence = from_arguments(args, result, model, cells, cache) if args.evidence else None
+    for path in write_report(result, args.out, cells, evidence=evidence):
         print(path)

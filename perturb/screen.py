@@ -25,7 +25,6 @@ import argparse
 import atexit
 import hashlib
 import json
-import math
 import shutil
 import tempfile
 import threading
@@ -42,11 +41,11 @@ import pandas as pd
 from ge2hist_core.config import READER_CLASSES, SampleConfig
 from ge2hist_core.types import BadInput, Cells
 from perturb.edits import Edit, EditSet, Perturbation
+from perturb.reach import reach, smallest_q
 from perturb.recipe import Recipe, _parse_seeds, _print_seeds
 from perturb.result import Result, pack_table, unpack_table
 from perturb.run import Progress, choose_cells, run
 from perturb.stats import bh_fdr, crossed_effect
-from perturb.wording import smallest_p
 
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
@@ -71,8 +70,6 @@ __all__ = [
 
 MATCHED = 30
 """Candidates of like expression behind each point of the trend, at least."""
-FALSE_DISCOVERIES = 0.05
-"""A hit's q lies below."""
 SEEN = 0.5
 """A type's fraction is tested where at least this share of the picture pairs shows the type in either arm."""
 IMAGE_SHIFT = "shift_image"
@@ -196,27 +193,13 @@ class Screen:
         return len(self.recipe.cell_ids) if len(self.recipe.cell_ids) > 1 else len(self.further_seeds)
 
     def smallest_q(self, rows: int | None = None) -> float:
-        """The smallest q that one row alone can reach among ``rows`` tested ones, by default the most there can be.
-
-        Where several rows reach the smallest p together, each has that share of it.
-        """
-        return min(1.0, smallest_p(self.units) * (self.tested * len(READOUTS) if rows is None else rows))
+        """The smallest q that one row alone can reach among ``rows`` tested ones, by default the most there can be."""
+        return smallest_q(self.units, self.tested * len(READOUTS) if rows is None else rows)
 
     def reach(self, rows: int | None = None) -> str:
         """What this design can show at best, one sentence; ``rows`` as for :meth:`smallest_q`."""
         rows = self.tested * len(READOUTS) if rows is None else rows
-        p = smallest_p(self.units)
-        least = f"With {self.units} {'cells' if len(self.recipe.cell_ids) > 1 else 'seeds'} no p is below {p:.2g}"
-        needed = math.floor(p * rows / FALSE_DISCOVERIES) + 1
-        if needed > rows:
-            more = "cells" if len(self.recipe.cell_ids) > 1 else "further seeds"
-            return f"{least}, so that no q can be below {FALSE_DISCOVERIES:g}: take more {more} to show anything."
-        if needed == 1:
-            return f"{least}, and one row alone among {rows} tested can reach q = {self.smallest_q(rows):.2g}."
-        return (
-            f"{least}: one row alone among {rows} tested cannot go below q = {self.smallest_q(rows):.2g}, and "
-            f"{needed} of them have to reach that p together for q < {FALSE_DISCOVERIES:g}."
-        )
+        return reach(self.units, rows, cells=len(self.recipe.cell_ids) > 1)
 
     @property
     def edited_pictures(self) -> int:

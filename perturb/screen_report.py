@@ -17,7 +17,8 @@ import plotly.graph_objects as go
 from perturb import charts, wording
 from perturb.edits import Perturbation
 from perturb.page import Table, csv_bytes, for_people, json_bytes, json_lines, readme, render, write_files, zip_of
-from perturb.screen import FALSE_DISCOVERIES, MATCHED, SEEN, Screen, ScreenResult
+from perturb.reach import FALSE_DISCOVERIES
+from perturb.screen import MATCHED, SEEN, Screen, ScreenResult
 from perturb.tables import LEVEL
 from perturb.wording import NOTICE, Origin
 

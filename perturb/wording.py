@@ -21,6 +21,7 @@ from perturb.tables import LEVEL
 
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
+    from perturb.evidence import Evidence
     from perturb.result import Result
     from perturb.screen import Screen, ScreenResult
 
@@ -262,8 +263,8 @@ def smallest_p(n: int) -> float:
     return min(1.0, 2.0 ** (1 - n)) if n <= EXACT_UP_TO else 1 / (N_FLIPS + 1)
 
 
-def method(result: Result) -> str:
-    """The comparison as a paper's method section would describe it."""
+def method(result: Result, evidence: Evidence | None = None) -> str:
+    """The comparison, and the evidence on it, as a paper's method section would describe it."""
     recipe, origin = result.recipe, Origin.of_result(result)
     n_cells, n_seeds = len(recipe.cell_ids), len(recipe.seeds)
     several = n_cells > 1
@@ -282,6 +283,11 @@ def method(result: Result) -> str:
     flips = f"all {2**n:,} sign patterns" if n <= EXACT_UP_TO else f"{N_FLIPS:,} random sign patterns"
     tested = int(result.comparison["p"].notna().sum())
     cited = "Hesterberg 2015; Owen 2007" if several else "Hesterberg 2015"
+    further = ""
+    if evidence is not None:
+        from perturb.evidence_words import method as of_evidence
+
+        further = of_evidence(evidence)
     return (
         f"Raw counts of {_cells(recipe.cell_ids)} ({origin.source}, SHA-256 {recipe.data_sha256}) were used as they "
         f"are and after {edits}.{spread} {_drawing(recipe, origin)} Each cell was drawn with "
@@ -291,9 +297,9 @@ def method(result: Result) -> str:
         f"percentile levels expanded for small samples; {cited}). P-values are two-sided sign-flip p-values under the "
         f"null hypothesis that the paired differences, one per {unit} (n = {n}), are symmetric about zero ({flips}; "
         f"the smallest possible p is {smallest_p(n):.2g}; Phipson and Smyth 2010); q-values adjust them over "
-        f"{_count(tested, 'readout')} (Benjamini and Hochberg 1995). {_made_with(recipe, origin)} Recipe SHA-256 "
-        f"{recipe.hash}. All pictures are generated; intervals and p-values speak of this model's answer, not of "
-        "donors or repeated experiments."
+        f"{_count(tested, 'readout')} (Benjamini and Hochberg 1995). {further + ' ' * bool(further)}"
+        f"{_made_with(recipe, origin)} Recipe SHA-256 {recipe.hash}. All pictures are generated; intervals "
+        "and p-values speak of this model's answer, not of donors or repeated experiments."
     )
 
 

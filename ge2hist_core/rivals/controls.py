@@ -28,18 +28,26 @@ class NearestTile:
     Parameters
     ----------
     model: its encoder embeds the cells. store: the tissue. rows: training cells with whole tiles.
-    seed: of the embedding.
+    seed: of the embedding. embedding: that of ``rows`` where it is known, ``[row, dim]``.
     """
 
     name = "nearest-tile"
     title = "Nearest real tile"
     conditional = True
 
-    def __init__(self, model: GE2Hist, store: TissueStore, rows: np.ndarray, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: GE2Hist,
+        store: TissueStore,
+        rows: np.ndarray,
+        seed: int = 0,
+        embedding: np.ndarray | None = None,
+    ) -> None:
         self.model, self.store, self.rows, self.seed = model, store, np.asarray(rows), seed
         if not len(self.rows):
             raise BadInput("There is no training cell to retrieve tiles from: give rows of cells with whole tiles.")
-        self.embedding = model.embed(store.cells.take(self.rows), seed).astype(np.float64)
+        known = model.embed(store.cells.take(self.rows), seed) if embedding is None else embedding
+        self.embedding = known.astype(np.float64)
 
     def nearest(self, cells: Cells) -> np.ndarray:
         """``[cell]`` rows of the store; of equally near cells the first."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.manifold import trustworthiness
@@ -15,7 +16,7 @@ from sklearn.manifold import trustworthiness
 from ge2hist_core.__main__ import COMMANDS, run_command
 from ge2hist_core.config import CELL_TYPES, READER_CLASSES, VISIBLE_CLASS, ModelConfig
 from ge2hist_core.data import H5adSource, open_h5ad
-from ge2hist_core.demo_cells import _balanced, _umap
+from ge2hist_core.demo_cells import _balanced, _embedded, _umap
 from ge2hist_core.model import GE2Hist
 from ge2hist_core.rng import stream
 from ge2hist_core.simulator.programmes import PROGRAMMES
@@ -221,6 +222,27 @@ def test_the_map_keeps_neighbours_together(written: Path, rows: np.ndarray, bund
 def test_a_map_of_the_least_number_of_cells_can_be_drawn():
     x = stream(0, "embedding").standard_normal((4, 16)).astype(np.float32)
     assert len(np.unique(_umap(x, 0), axis=0)) == 4
+
+
+def test_the_map_does_not_depend_on_threads_or_on_where_its_input_lies(store: TissueStore, bundle: Path):
+    """A sum in another order changed a last bit of an embedding or a distance, and the map's places by its width."""
+    from threadpoolctl import threadpool_limits
+
+    model, cells = GE2Hist.load(bundle), store.cells.take(store.rows(HELD_OUT)[:N])
+    maps, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            with threadpool_limits(n):
+                embedding = _embedded(model, cells, 0)
+                moved = np.empty(embedding.size + n, np.float32)[n:].reshape(embedding.shape)
+                moved[:] = embedding
+                maps.append((embedding, _umap(moved, 0)))
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_array_equal(maps[0][0], maps[1][0])
+    np.testing.assert_array_equal(maps[0][1], maps[1][1])
+    np.testing.assert_allclose(maps[0][0], model.embed(cells, 0), atol=1e-6)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

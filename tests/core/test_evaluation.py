@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,26 +20,27 @@ from scipy.stats import pearsonr
 
 from ge2hist_core.__main__ import COMMANDS, run_command
 from ge2hist_core.config import CELL_TYPES, READER_CLASSES, ModelConfig, SampleConfig
-from ge2hist_core.evaluation import (
-    Readings,
-    _effects_against_truth,
-    _matched_other,
-    _resampled,
-    _seeds,
-    compare,
-    driver_programmes,
-    evaluate,
-    true_readings,
-)
+from ge2hist_core.evaluation import QUICK, Counts, Readings, compare, driver_programmes, evaluate, true_readings
+from ge2hist_core.evaluation.command import add_arguments, counts_of, without_nan
+from ge2hist_core.evaluation.readings import _resampled
+from ge2hist_core.evaluation.run import _matched_other
+from ge2hist_core.evaluation.states import central_class
+from ge2hist_core.evaluation.truth import effects_against_truth, noise_seeds
+from ge2hist_core.image_features import ReaderFeatures
 from ge2hist_core.model import GE2Hist
 from ge2hist_core.niche import niche_stats
 from ge2hist_core.nuclei import LearnedReader, ReaderNet
+from ge2hist_core.rivals import load_rival, rival_class
+from ge2hist_core.rivals.common import Budget
+from ge2hist_core.rivals.rna_gan import RNAGANConfig
+from ge2hist_core.rivals.transgan import TransGANConfig
 from ge2hist_core.rng import stream
 from ge2hist_core.simulator.expression import GENES_CSV
 from ge2hist_core.simulator.programmes import PROGRAMMES
 from ge2hist_core.simulator.tissue import simulate_section
 from ge2hist_core.store import TissueStore, write_store
-from ge2hist_core.types import BadInput, NicheStats
+from ge2hist_core.types import BadInput, Latent, NicheStats
+from ge2hist_core.vae import fit_mixture
 
 TILE_UM = 64.0
 SEED, DONORS, SIZE_UM = 14, range(2, 8), 128.0
@@ -46,7 +49,12 @@ MODEL = ModelConfig(
     condition_tokens=2, condition_dim=8, attention_heads=2, time_embedding_dim=16,
 )  # fmt: skip
 FAST = SampleConfig(steps=2)
-FEW = {"tiles": 30, "reference_tiles": 0, "edit_cells": 0, "sample": FAST, "seed": 5}
+COUNTS = Counts(tiles=30, reference_tiles=0, edit_cells=0, type_pictures=0, training_cells=0)
+FEW = {"counts": COUNTS, "sample": FAST, "seed": 5}
+
+
+def few_of(**change: int) -> dict[str, Any]:
+    return FEW | {"counts": replace(COUNTS, **change)}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +86,8 @@ def bundle(store: TissueStore, scgpt_folder: Path, tmp_path_factory: pytest.Temp
         torch.manual_seed(1)
         net = ReaderNet(8, (8, 8, 8))
     model.reader = LearnedReader(net, threshold=0.02)
+    z_c = model.encode(model.embed(store.cells, 0)).z_c
+    model.mixture = fit_mixture(z_c, labels.numpy(), len(model.cell_types), seed=0)
     model.report = {
         "store": store.identity,
         "simulation": store.simulation,
@@ -98,12 +108,17 @@ def result(model: GE2Hist, store: TissueStore) -> dict[str, Any]:
     return evaluate(model, store, **FEW)
 
 
-def readings(counts: list[list[int]] | np.ndarray, spacing: list[float] | np.ndarray, central: Any = None) -> Readings:
-    """Tiles of 0.01 mm2 with the given nuclei of each class and mean spacing."""
+def readings(
+    counts: list[list[int]] | np.ndarray,
+    spacing: list[float] | np.ndarray,
+    central: Any = None,
+    variance: list[float] | None = None,
+) -> Readings:
+    """Tiles of 0.01 mm2 with the given nuclei of each class and mean and variance of the spacing."""
     stats = []
-    for n, distance in zip(np.asarray(counts), spacing, strict=True):
-        total = int(n.sum())
-        stats.append(NicheStats(pd.DataFrame({"n": n}), total, total / 0.01, float(distance), math.nan, 0.01))
+    for i, (n, distance) in enumerate(zip(np.asarray(counts), spacing, strict=True)):
+        total, spread = int(n.sum()), math.nan if variance is None else variance[i]
+        stats.append(NicheStats(pd.DataFrame({"n": n}), total, total / 0.01, float(distance), spread, 0.01))
     return Readings(stats, np.array(["any"] * len(stats) if central is None else central, dtype=object))
 
 
@@ -135,6 +150,19 @@ def test_the_three_figures_are_those_computed_by_hand():
     assert found["density_r"] == pytest.approx(pearsonr([8, 2, 2], [8, 8, 4])[0])
 
 
+def test_variance_and_density_of_a_class_are_those_computed_by_hand():
+    a = readings([[3, 5], [1, 1], [2, 0]], [10.0] * 3, variance=[4.0, math.nan, 6.0])
+    b = readings([[4, 4], [5, 3], [2, 2]], [8.0] * 3, variance=[1.0, 2.0, 3.0])
+    found = compare(a, b, 0)
+    assert found["spacing_var_um2"]["value"] == pytest.approx((4 + 6) / 2 - (1 + 2 + 3) / 3)
+    first, second = found["class_density"].values()
+    # Nuclei per tile over 0.01 mm2.
+    assert first["value"] == pytest.approx(((3 + 1 + 2) - (4 + 5 + 2)) / 3 / 0.01)
+    assert first["real"] == pytest.approx((4 + 5 + 2) / 3 / 0.01)
+    assert second["value"] == pytest.approx(((5 + 1 + 0) - (4 + 3 + 2)) / 3 / 0.01)
+    assert first["low"] <= first["value"] <= first["high"]
+
+
 def test_composition_is_measured_from_the_second_to_the_first():
     many, few = readings([[90, 10]] * 2, [5.0, 5.0]), readings([[50, 50]] * 2, [5.0, 5.0])
     p, q = np.array([0.5, 0.5]), np.array([180.5, 20.5]) / 201
@@ -148,7 +176,7 @@ def test_a_reading_differs_from_itself_by_exactly_nothing():
     found = compare(same, same, 0)
     for name in ("density_relative", "spacing_um"):
         assert found[name] == {"value": 0.0, "low": 0.0, "high": 0.0}, name
-    assert found["composition_kl"] == {"value": 0.0, "low": None, "high": None}
+    assert found["composition_kl"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert found["density_r"] == pytest.approx(1.0)
 
 
@@ -177,7 +205,7 @@ def test_the_interval_is_that_of_paired_cells():
 def test_the_seed_moves_the_interval_and_not_the_value():
     a, b = tissue(50, 3, gain=1.2)
     first, again, other = compare(a, b, 0), compare(a, b, 0), compare(a, b, 1)
-    assert first == again
+    assert without_nan(first) == without_nan(again)
     assert first["density_relative"]["value"] == other["density_relative"]["value"]
     assert first["density_relative"]["low"] != other["density_relative"]["low"]
 
@@ -193,7 +221,20 @@ def test_by_type_sees_what_cancels_in_the_mean():
     assert found["by_type"]["density_relative"] == pytest.approx(0.5)
     assert found["by_type"]["spacing_um"] == pytest.approx((1 + 2) / 2)
     assert found["by_type"]["composition_kl"] == pytest.approx(0, abs=1e-12)
+    assert found["each_type"]["thin"]["density_relative"]["value"] == pytest.approx(-0.5)
+    assert found["each_type"]["thick"]["n"] == 10 and "rare" not in found["each_type"]
+    ends = found["by_type_interval"]["density_relative"]
+    assert ends["low"] <= 0.5 <= ends["high"]
     assert "by_type" not in compare(a.take(np.arange(9)), b.take(np.arange(9)), 0)
+
+
+def test_the_interval_of_a_divergence_holds_its_value_where_percentiles_would_not():
+    """Two readings of equal tissue: resampling adds to a divergence, and its percentiles lie above the value."""
+    a, b = tissue(60, 9)
+    found = compare(a, b, 0)["composition_kl"]
+    assert 0 <= found["low"] <= found["value"] <= found["high"]
+    by_type = compare(a, b, 0)
+    assert by_type["by_type_interval"]["composition_kl"]["high"] >= by_type["by_type"]["composition_kl"]
 
 
 def test_pictures_without_nuclei_are_compared_without_a_warning():
@@ -332,7 +373,7 @@ def test_a_driver_programme_moves_the_truth_as_counting_says(store: TissueStore)
 
 def test_effects_are_changes_of_true_and_of_read_nuclei_under_the_same_noise(model: GE2Hist, store: TissueStore):
     rows, seed = store.rows(["donor006"])[:4], 3
-    effects = _effects_against_truth(model, store, rows, FAST, seed, TILE_UM)
+    effects = effects_against_truth(model, store, rows, FAST, seed, TILE_UM)
     assert [(e["programme"], e["direction"]) for e in effects] == [(p, d) for p in PROGRAMMES for d in ("down", "up")]
 
     def read(factors: dict[str, float]) -> np.ndarray:
@@ -342,7 +383,7 @@ def test_effects_are_changes_of_true_and_of_read_nuclei_under_the_same_noise(mod
         for gene, factor in factors.items():
             counts[:, list(cells.genes).index(gene)] *= factor
         latent = model.encode(model.embed(cells.with_counts(counts), seed))
-        tables = model.read_nuclei(model.generate(latent, _seeds(seed, rows), FAST))
+        tables = model.read_nuclei(model.generate(latent, noise_seeds(seed, rows), FAST))
         return np.array([(t["cell_type"] == "Lymphocyte").mean() for t in tables])
 
     (up,) = (e for e in effects if (e["programme"], e["direction"]) == ("fibrosis", "up"))
@@ -371,10 +412,10 @@ def test_effects_are_changes_of_true_and_of_read_nuclei_under_the_same_noise(mod
 
 
 def test_every_cell_has_its_own_noise_whatever_cells_are_with_it():
-    seeds = _seeds(0, np.arange(50))
+    seeds = noise_seeds(0, np.arange(50))
     assert len(set(seeds)) == 50
-    assert _seeds(0, np.array([40, 7])) == [seeds[40], seeds[7]]
-    assert _seeds(1, np.array([7])) != [seeds[7]]
+    assert noise_seeds(0, np.array([40, 7])) == [seeds[40], seeds[7]]
+    assert noise_seeds(1, np.array([7])) != [seeds[7]]
 
 
 # --- a bundle and a store --------------------------------------------------------------------------------------------
@@ -392,7 +433,7 @@ def test_the_figures_are_those_of_the_tiles_read_one_by_one(result: dict[str, An
     rows = np.sort(stream(5, "evaluation_cells").choice(pool, 30, replace=False))
     latent = model.encode(model.embed(store.cells.take(rows), 5))
     read = {
-        "generated": model.read_nuclei(model.generate(latent, _seeds(5, rows), FAST)),
+        "generated": model.read_nuclei(model.generate(latent, noise_seeds(5, rows), FAST)),
         "real": model.read_nuclei(store.tiles(rows)),
         "true": [store.nuclei(row) for row in rows],
         "floor": model.read_nuclei(store.tiles(_matched_other(store, rows, pool, 5))),
@@ -438,7 +479,7 @@ def test_held_out_donors_alone_are_used_and_all_their_cells_classified(
 def test_the_same_seed_gives_the_same_figures_and_another_others(
     result: dict[str, Any], model: GE2Hist, store: TissueStore
 ):
-    assert evaluate(model, store, **FEW) == result
+    assert without_nan(evaluate(model, store, **FEW)) == without_nan(result)
     other = evaluate(model, store, **(FEW | {"seed": 1}))
     for key in ("generated_vs_real", "floor_real_vs_real", "reader_vs_truth_on_real"):
         assert other[key]["density_relative"]["value"] != result[key]["density_relative"]["value"], key
@@ -446,13 +487,15 @@ def test_the_same_seed_gives_the_same_figures_and_another_others(
 
 @pytest.mark.slow  # a thousand steps, on the smallest network too
 def test_few_tiles_are_drawn_again_with_all_steps(result: dict[str, Any], model: GE2Hist, store: TissueStore):
-    slow = evaluate(model, store, **(FEW | {"reference_tiles": 4}))
+    slow = evaluate(model, store, **few_of(reference_tiles=4))
     steps = slow.pop("steps")
-    assert slow == result, "the reference leaves the other figures alone"
+    assert without_nan(slow | {"counts": None}) == without_nan(result | {"counts": None}), (
+        "the reference leaves the other figures alone"
+    )
     assert list(steps) == ["dpm++ 2 vs real", "ddpm 1000 vs real", "dpm++ 2 vs ddpm 1000"]
     assert [c["n"] for c in steps.values()] == [4, 4, 4]
-    few, many, _ = steps.values()
-    assert few["density_relative"]["value"] != many["density_relative"]["value"]
+    short, many, _ = steps.values()
+    assert short["density_relative"]["value"] != many["density_relative"]["value"]
 
 
 @pytest.mark.parametrize(
@@ -470,16 +513,16 @@ def test_numbers_of_tiles_that_cannot_be_are_named_with_what_can(
     options: dict[str, int], message: str, model: GE2Hist, store: TissueStore
 ):
     with pytest.raises(BadInput, match=message):
-        evaluate(model, store, **(FEW | options))
+        evaluate(model, store, **few_of(**options))
 
 
 def test_the_number_said_to_be_possible_is_the_largest_possible(model: GE2Hist, store: TissueStore):
     with pytest.raises(BadInput, match="at most") as error:
-        evaluate(model, store, **(FEW | {"tiles": 1000}))
+        evaluate(model, store, **few_of(tiles=1000))
     most = int(str(error.value).split("at most ")[1].split()[0])
-    assert evaluate(model, store, **(FEW | {"tiles": most}))["floor_real_vs_real"]["n"] == most
+    assert evaluate(model, store, **few_of(tiles=most))["floor_real_vs_real"]["n"] == most
     with pytest.raises(BadInput, match="at most"):
-        evaluate(model, store, **(FEW | {"tiles": most + 1}))
+        evaluate(model, store, **few_of(tiles=most + 1))
 
 
 def test_a_bundle_that_has_learned_from_every_donor_is_not_judged(model: GE2Hist, store: TissueStore):
@@ -515,12 +558,17 @@ def test_the_command_writes_what_evaluate_returns_and_prints_it(
     (tmp_path / "evaluation.json").write_text("of yesterday")
     with (tmp_path / "evaluation.json").open() as reader:
         options = ["--tiles", 30, "--reference-tiles", 0, "--edit-cells", 3, "--steps", 2, "--seed", 5]
+        options += ["--type-pictures", 0, "--training-cells", 0]
         assert run(bundle, data, "--out", tmp_path, *options) == 0
         assert reader.read() == "of yesterday", "a reader of the old file is not met by half of the new one"
-    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".work", "evaluation.html", "evaluation.json", "evaluation.md"]
     written = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     effects = written.pop("driver_programmes")
-    assert written == result, "edits leave the other figures alone"
+    assert written.pop("counts")["edit_cells"] == 3
+    asked = dict(result)
+    del asked["counts"]
+    assert written == without_nan(asked), "edits leave the other figures alone"
     assert effects["n_cells"] == 3 and len(effects["edits"]) == 2 * len(PROGRAMMES)
     clear = [e for e in effects["edits"] if e["exceeds_noise"]]
     assert effects["edits_exceeding_noise"] == len(clear)
@@ -539,8 +587,8 @@ def test_pictures_without_nuclei_end_in_a_file_with_empty_figures(
     """After few steps of training the reader may find nothing; the figures that are left must not be lost."""
     reader = replace(model.reader, threshold=0.999)
     replace(model, reader=reader).save(tmp_path / "blind")
-    few = ["--tiles", 10, "--reference-tiles", 0, "--edit-cells", 2, "--steps", 1]
-    assert run(tmp_path / "blind", data, "--out", tmp_path, *few) == 0
+    options = ["--tiles", 10, "--reference-tiles", 0, "--edit-cells", 2, "--type-pictures", 2, "--steps", 1]
+    assert run(tmp_path / "blind", data, "--out", tmp_path, *options, "--training-cells", 0) == 0
     written = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     assert written["reader_vs_truth_on_real"]["density_relative"]["value"] == -1
     assert written["generated_vs_real"]["spacing_um"] == {"value": None, "low": None, "high": None}
@@ -569,3 +617,183 @@ def test_settings_of_the_sampler_that_cannot_be_are_explained(
 ):
     assert run(bundle, data, "--out", tmp_path, "--steps", 0) == 2
     assert "steps is 0: choose a whole number from 1 to 1000" in capsys.readouterr().err
+
+
+# --- the contest, from rivals' folders to the three files -------------------------------------------------------------
+
+RIVAL_CONFIGS = {
+    "transgan": TransGANConfig(
+        latent_dim=8, width=64, depth=(1, 1, 1, 1), critic_width=32, critic_depth=(1, 1, 1), batch_size=2
+    ),
+    "rna-gan": RNAGANConfig(channels=4, batch_size=2, vae_hidden=(8, 4), vae_steps=1, vae_batch=4),
+}
+SMALL = [
+    *("--tiles", "12", "--reference-tiles", "0", "--edit-cells", "0", "--type-pictures", "3"),
+    *("--training-cells", "15", "--steps", "1", "--seed", "5"),
+]
+
+
+def train_rival(store: TissueStore, name: str, donors: list[str], out: Path) -> Path:
+    rows, config = store.rows(donors), RIVAL_CONFIGS[name]
+    for _ in rival_class(name).train(store, rows, Budget(steps=2), 1, out, config=config):
+        pass
+    return out
+
+
+@pytest.fixture(scope="module")
+def rival_folders(store: TissueStore, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("rivals")
+    return [train_rival(store, name, ["donor002"], folder / name) for name in RIVAL_CONFIGS]
+
+
+@pytest.fixture(scope="module")
+def contest(bundle: Path, data: Path, rival_folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole evaluation with two rivals."""
+    out = tmp_path_factory.mktemp("contest")
+    assert run(bundle, data, "--out", out, *SMALL, "--rivals", *rival_folders) == 0
+    return out
+
+
+def load(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+
+
+METHODS = ["ge2hist", "transgan", "rna-gan", "nearest-tile", "shuffled"]
+
+
+def test_every_method_stands_in_every_table_with_n_and_floor(contest: Path):
+    found = load(contest)
+    assert list(found["methods"]) == METHODS
+    assert [m["kind"] for m in found["methods"].values()] == ["model", "rival", "rival", "control", "control"]
+    figures = found["table_1"]["figures"]
+    assert list(figures) == [
+        "KID (reader features)", "KID (stain-texture features)", "LPIPS-type distance (reader features)",
+    ]  # fmt: skip
+    for name, by_method in figures.items():
+        assert list(by_method) == ["floor", *METHODS], name
+        assert {f.get("n", f.get("n_generated")) for f in by_method.values()} == {12}
+    assert list(found["figure_3"]["methods"]) == METHODS
+    assert list(found["read_back"]["methods"]) == ["real", "floor", *METHODS]
+    assert found["read_back"]["methods"]["real"]["share_of_real"]["value"] in (1.0, None)
+    verdicts = found["table_1"]["verdicts"] + found["figure_3"]["verdicts"]
+    assert len(verdicts) >= 3 + 4
+    assert all({line["rival"] for line in v["against"]} <= {"transgan", "rna-gan"} for v in verdicts)
+    assert found["figure_3"]["methods"]["ge2hist"] == found["generated_vs_real"]
+    assert found["methods"]["rna-gan"]["training"]["steps"] == 2 and found["methods"]["rna-gan"]["training"]["macs"] > 0
+
+
+def test_figures_of_a_rival_are_those_of_its_own_pictures(
+    contest: Path, rival_folders: list[Path], model: GE2Hist, store: TissueStore
+):
+    pool = np.flatnonzero(store.interior & np.isin(store.cells.donor, load(contest)["donors"]))
+    rows = np.sort(stream(5, "evaluation_cells").choice(pool, 12, replace=False))
+    rival = load_rival(rival_folders[1])
+    images = rival.generate(store.cells.take(rows), noise_seeds(5, rows))
+    read, real = model.read_nuclei(images), model.read_nuclei(store.tiles(rows))
+    (n_a, share_a), (n_b, share_b) = pooled(read), pooled(real)
+    found = load(contest)["figure_3"]["methods"]["rna-gan"]
+    assert found["density_relative"]["value"] == pytest.approx(n_a / n_b - 1)
+    assert found["composition_kl"]["value"] == pytest.approx(rel_entr(share_b, share_a).sum())
+    distance = ReaderFeatures(model.reader, 0.5).distance(images, store.tiles(rows)).mean()
+    written = load(contest)["table_1"]["figures"]["LPIPS-type distance (reader features)"]["rna-gan"]
+    assert written["value"] == pytest.approx(distance)
+
+
+def test_a_drawn_type_is_looked_for_in_the_middle_with_its_environment_kept(
+    contest: Path, model: GE2Hist, store: TissueStore
+):
+    found = load(contest)["central_types"]
+    pool = np.flatnonzero(store.interior & np.isin(store.cells.donor, load(contest)["donors"]))
+    rows = np.sort(stream(5, "evaluation_cells").choice(pool, 12, replace=False))
+    rows = rows[np.sort(stream(5, "evaluation_environments").choice(12, 3, replace=False))]
+    z_e = model.encode(model.embed(store.cells.take(rows), 5)).z_e
+    sample = SampleConfig(steps=1)
+    seen = {}
+    for kind in CELL_TYPES:
+        images = model.generate(Latent(model.sample_type(kind, 3, 5), z_e), noise_seeds(5, rows), sample)
+        seen[kind] = [central_class(table, TILE_UM) for table in model.read_nuclei(images)]
+    for kind in ("Fibroblast", "B cell"):
+        name = "Lymphocyte" if kind == "B cell" else kind
+        share = np.mean([c == name for c in seen[kind]])
+        lymphoid = ("CD4 T cell", "CD8 T cell", "B cell")
+        others = [k for k in CELL_TYPES if k != kind and not (kind in lymphoid and k in lymphoid)]
+        chance = np.mean([c == name for k in others for c in seen[k]])
+        row = found["types"][kind]
+        assert (row["class"], row["n"]) == (name, 3)
+        assert row["share"]["value"] == pytest.approx(share) and row["chance"] == pytest.approx(chance)
+        assert row["raised"]["value"] == pytest.approx(share - chance)
+
+
+def test_a_second_run_draws_only_what_is_missing_and_tells_the_same(
+    contest: Path, bundle: Path, data: Path, rival_folders: list[Path], capsys: pytest.CaptureFixture[str]
+):
+    before, work = load(contest), contest / ".work" / "evaluation"
+    files = {path: path.stat().st_mtime_ns for path in work.rglob("*.npy")}
+    blocks = [path for path in files if path.parent != work]
+    assert len(blocks) >= len(METHODS) + len(CELL_TYPES)
+    gone = max(blocks, key=lambda path: path.stat().st_size)
+    gone.unlink()
+    assert run(bundle, data, "--out", contest, *SMALL, "--rivals", *rival_folders) == 0
+    assert load(contest) == before
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*.npy") if path != gone} == {
+        path: time for path, time in files.items() if path != gone
+    }
+    assert gone.is_file()
+    assert capsys.readouterr().err.startswith("expected: about ")
+
+
+def test_the_cost_is_said_first_and_names_every_method_that_is_drawn(
+    bundle: Path, data: Path, rival_folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = ["--tiles", 2, "--reference-tiles", 0, "--edit-cells", 0, "--type-pictures", 0, "--training-cells", 0]
+    assert run(bundle, data, "--out", tmp_path, *options, "--steps", 1, "--rivals", rival_folders[0]) == 0
+    first = capsys.readouterr().err.splitlines()[:3]
+    assert first[0].startswith("expected: about ") and first[1].startswith("  4 pictures of GE2Hist: ")
+    assert first[2].startswith("  2 pictures of TransGAN: ")
+    assert list(load(tmp_path)["methods"]) == ["ge2hist", "transgan", "shuffled"], "nothing to retrieve from"
+
+
+def test_markdown_and_html_tell_every_section(contest: Path):
+    text = (contest / "evaluation.md").read_text(encoding="utf-8")
+    page = (contest / "evaluation.html").read_text(encoding="utf-8")
+    for title in ("Who wins", "Table 1", "Figure 3", "Classifier on z_c", "Figure 4", "Read-back"):
+        assert f"## {title}" in text and f"<h2>{title}" in page, title
+    assert "nan" not in re.sub(r"[A-Za-z]*nan[A-Za-z]+|[A-Za-z]+nan", "", text)
+    for verdict in load(contest)["table_1"]["verdicts"]:
+        assert verdict["sentence"] in text
+
+
+def test_a_rival_that_knows_the_held_out_donors_is_refused(
+    bundle: Path, data: Path, store: TissueStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cheat = train_rival(store, "rna-gan", ["donor002", "donor006"], tmp_path / "cheat")
+    assert run(bundle, data, "--out", tmp_path / "out", *SMALL, "--rivals", cheat) == 2
+    assert "has learned from donor 'donor006', on which it would be judged" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_a_folder_without_a_rival_and_one_given_twice_are_explained(
+    bundle: Path, data: Path, rival_folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(bundle, data, "--out", tmp_path, *SMALL, "--rivals", tmp_path) == 2
+    assert "holds no rival (no rival.json): give the folder that `train-rival` wrote" in capsys.readouterr().err
+    assert run(bundle, data, "--out", tmp_path, *SMALL, "--rivals", *rival_folders[:1] * 3) == 2
+    assert "twice: give each folder once" in capsys.readouterr().err
+
+
+def test_a_wrong_weight_file_is_explained(bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "w.pth").write_bytes(b"not weights")
+    assert run(bundle, data, "--out", tmp_path, *SMALL, "--inception", tmp_path / "w.pth") == 2
+    assert "w.pth cannot be read as weights" in capsys.readouterr().err
+
+
+def test_quick_means_few_and_what_is_given_stands(bundle: Path, data: Path, tmp_path: Path):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    base = [str(bundle), str(data), "--out", str(tmp_path)]
+    assert counts_of(parser.parse_args(base)) == Counts()
+    assert counts_of(parser.parse_args([*base, "--quick"])) == QUICK
+    assert counts_of(parser.parse_args([*base, "--quick", "--tiles", "40"])) == replace(QUICK, tiles=40)
+    assert counts_of(parser.parse_args([*base, "--tiles", "10"])) == replace(
+        Counts(), tiles=10, reference_tiles=10, edit_cells=10, type_pictures=10
+    )

@@ -13,10 +13,11 @@ import torch
 
 from ge2hist_core import rng
 from ge2hist_core.config import ModelConfig, SampleConfig
+from ge2hist_core.gates import ExpressionGate, Gates, LatentGate
 from ge2hist_core.model import CHUNK, GE2Hist
 from ge2hist_core.sampler import Stopped
 from ge2hist_core.support import Support
-from ge2hist_core.types import BadInput, Latent
+from ge2hist_core.types import BadInput, Cells, Latent
 from ge2hist_core.vae import fit_mixture
 
 SMALL = ModelConfig(
@@ -161,6 +162,48 @@ def test_saving_over_itself_keeps_encoder_and_foreign_files(bundle: Path, tmp_pa
     loaded.save(tmp_path / "b")
     assert GE2Hist.load(tmp_path / "b").sha256 == first
     assert (tmp_path / "b" / "MODEL_CARD.md").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def gates(model: GE2Hist) -> Gates:
+    draws = rng.stream(0, "gate cells")
+    cells = Cells(draws.poisson(3.0, (60, 25)), np.array([f"G{i}" for i in range(25)]), np.arange(60).astype(str))
+    kind = np.arange(60) % 10
+    expression = ExpressionGate.fit(cells.take(range(40)), kind[:40], 10, cells.take(range(40, 60)), kind[40:])
+    latent = model.encode(embeddings(60))
+    return Gates(expression, LatentGate.fit(model.mixture, latent.take(range(40)), latent.take(range(40, 60))), None)
+
+
+def test_gates_travel_with_the_bundle_and_count_in_its_hash(model: GE2Hist, gates: Gates, bundle: Path, tmp_path: Path):
+    assert GE2Hist.load(bundle).gates is None
+    replace(model, gates=gates).save(tmp_path / "b")
+    loaded = GE2Hist.load(tmp_path / "b")
+    latent = model.encode(embeddings(9))
+    for found, wanted in zip(
+        loaded.gates.latent.p(model.mixture, latent), gates.latent.p(model.mixture, latent), strict=True
+    ):
+        np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(loaded.gates.expression.mean, gates.expression.mean)
+    assert loaded.sha256 != GE2Hist.load(bundle).sha256
+    loaded.save(tmp_path / "again")
+    assert GE2Hist.load(tmp_path / "again").sha256 == loaded.sha256
+    header = json.loads((tmp_path / "b" / "gates.json").read_text())
+    (tmp_path / "b" / "gates.json").write_text(json.dumps(header | {"provenance": {"other": 1}}))
+    assert GE2Hist.load(tmp_path / "b").sha256 != loaded.sha256
+
+
+def test_gates_of_earlier_weights_go_when_the_bundle_is_written_anew(model: GE2Hist, gates: Gates, tmp_path: Path):
+    folder = tmp_path / "b"
+    replace(model, gates=gates).save(folder)
+    model.save(folder)
+    assert GE2Hist.load(folder).gates is None and not list(folder.glob("gates*"))
+    # Gates that do not belong to the weights stop the loading, unless they are to be left aside.
+    replace(model, gates=gates).save(folder)
+    replace(model, encoder=GE2Hist.untrained(SMALL, model.scgpt_folder, seed=3).encoder).save(tmp_path / "other")
+    shutil.copyfile(tmp_path / "other" / "vae.safetensors", folder / "vae.safetensors")
+    with pytest.raises(BadInput, match="fitted on another training of this bundle"):
+        GE2Hist.load(folder)
+    assert GE2Hist.load(folder, gates=False).gates is None
 
 
 def test_untrained_weights_come_from_the_seed_and_leave_the_global_state_alone(scgpt_folder: Path, model: GE2Hist):

@@ -303,6 +303,34 @@ def test_the_edits_stand_with_their_units_and_the_count_of_right_signs(card: str
     ]
 
 
+def contest() -> dict[str, Any]:
+    """Two methods in Table 1, with a verdict, and what was drawn for it."""
+    kid = {"name": "KID (reader features)", "subset_sd": 0.0071, "n_real": 120, "n_generated": 120, "subset_size": 100,
+           "subsets": 100, "donors": 12, "covers": "another choice of donors and of their tiles"}  # fmt: skip
+    figures = {
+        "ge2hist": kid | {"value": 0.0213, "low": 0.0118, "high": 0.0308},
+        "rna-cdm": kid | {"value": 0.0931, "low": 0.0544, "high": 0.1318},
+    }
+    verdict = {"ge2hist_wins": True, "clear": True, "sentence": "KID (reader features): GE2Hist wins."}
+    return {
+        "counts": {"tiles": 120, "type_pictures": 7, "training_cells": 801, "classified_cells": None},
+        "methods": {"ge2hist": {"title": "GE2Hist", "kind": "model"}, "rna-cdm": {"title": "RNA-CDM", "kind": "rival"}},
+        "table_1": {"figures": {"KID (reader features)": figures}, "verdicts": [verdict]},
+    }
+
+
+def test_the_contest_with_the_rivals_stands_on_the_card_with_value_interval_and_n(tmp_path: Path):
+    card = model_card(write(tmp_path, evaluation=EVALUATION | contest()))
+    rows = table(section(card, "Table 1: distance to real tiles"))
+    assert [row[0] for row in rows] == ["GE2Hist", "RNA-CDM"]
+    assert rows[1][1] == "0.0931 [0.0544, 0.1318]" and rows[1][3:] == ["120 / 120", "12"]
+    assert "nearest to the real tiles in 1 of 1 figures" in section(card, "Who wins")
+    assert "- KID (reader features): GE2Hist wins." in section(card, "Who wins")
+    judged = commands(card)["evaluate"]
+    assert (judged.type_pictures, judged.training_cells, judged.classified_cells) == (7, 801, None)
+    assert judged.rivals == [Path("RNA-CDM")]
+
+
 def test_a_figure_without_an_answer_is_a_dash(tmp_path: Path):
     evaluation = copy.deepcopy(EVALUATION)
     evaluation["generated_vs_real"]["spacing_um"] = {"value": None, "low": None, "high": None}

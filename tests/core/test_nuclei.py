@@ -109,6 +109,9 @@ def test_judge_counts_what_the_tables_say(reader):
     assert figures["precision"] == n_pairs / n_found and figures["recall"] == n_pairs / n_true
     assert figures["count_bias"] == pytest.approx(n_found / n_true - 1)
     assert sum(sum(row.values()) for row in figures["confusion"].values()) == n_pairs
+    for key, tables in (("true_counts", tiles.nuclei), ("found_counts", found)):
+        types = [name for table in tables for name in table["cell_type"]]
+        assert figures[key] == {name: types.count(name) for name in tiles.classes}
 
 
 def test_calibration_makes_counts_and_composition_right_where_it_was_done(reader):

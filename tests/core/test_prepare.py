@@ -360,7 +360,6 @@ def test_ids_of_no_cell_are_refused():
     [
         ({"segmenter": "magic"}, "segmenter is 'magic'"),
         ({"segmenter": "geojson"}, "belong together"),
-        ({"whole_cells": True}, "--whole-cells needs"),
         ({"labels": "a", "markers": "b"}, "give one"),
         ({"expand_um": 90.0}, "choose 0 to 20"),
         ({"regions": "three"}, "rows x columns"),
@@ -381,12 +380,15 @@ def test_settings_that_cannot_be(tmp_path, change, match):
         ({"regions": "9x9"}, "a tile needs 64"),
         ({"image": "absent.tif"}, "does not exist"),
         ({"genome": "mm10"}, "genome GRCh38, expected mm10"),
+        ({"whole_cells": True}, "--whole-cells needs"),
+        ({"image": None}, "is a Visium HD run .* by --image"),
+        ({"alignment": "a.csv"}, "--alignment is for a Xenium output folder"),
         ({"segmenter": "space-ranger", "min_umi": 10**6}, "No nucleus holds 1000000 UMIs"),
     ],
 )
 def test_what_the_slide_does_not_allow_leaves_no_store(slide, tmp_path, change, match):
     values = {"folder": slide / "outs", "image": slide / "HE.tif", "out": tmp_path / "a.zarr"} | change
-    values["image"] = slide / values["image"]
+    values["image"] = values["image"] and slide / values["image"]
     with pytest.raises(BadInput, match=match):
         prepare(Settings(**values))
     assert not (tmp_path / "a.zarr").exists()

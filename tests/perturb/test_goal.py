@@ -28,7 +28,6 @@ from perturb.goal import (
     NicheTarget,
     ReadoutTarget,
     _confirmed,
-    default_candidates,
     load_goal,
     niche_target,
     pareto,
@@ -39,7 +38,7 @@ from perturb.goal import (
 )
 from perturb.recipe import Recipe
 from perturb.run import Progress, run
-from perturb.screen import MATCHED
+from perturb.screen import FIRST_SEEDS, FURTHER_SEEDS, READOUTS, Screen
 
 CELL = "cell-3"
 CANDIDATES = Perturbation.parse("GAPDH:ko,CD3E:ko,MKI67:ko,MKI67:x4,JCHAIN:set=9,KRT8:set=9,HIF1A:ko").edits
@@ -212,75 +211,6 @@ def test_the_trade_off_holds_the_sets_that_no_other_beats() -> None:
     assert blind["size"].is_unique and blind["distance"].is_monotonic_decreasing
 
 
-# --- candidates and random sets -------------------------------------------------------------------------------------
-
-
-def test_default_candidates_edit_known_genes_by_level(tiny_bundle, demo_cells: Cells) -> None:
-    recipe = make(tiny_bundle).recipe
-    row = demo_cells.counts.toarray()[3]
-    count = dict(zip(demo_cells.genes, row, strict=True))
-    found = default_candidates(replace(recipe, perturbation=Perturbation.parse("ACTB:ko")), demo_cells, tiny_bundle)
-    knocked = [edit.gene for edit in found if edit.kind == "ko"]
-    known = [gene for gene in demo_cells.genes if gene not in ("NOTINVOCAB1", "ACTB")]
-    assert sorted(knocked) == sorted(gene for gene in known if count[gene] > 0)
-    assert [count[gene] for gene in knocked] == sorted((count[gene] for gene in knocked), reverse=True)
-    factors = {amount: [e.gene for e in found if (e.kind, e.amount) == ("factor", amount)] for amount in (0.5, 2, 4)}
-    assert all(genes == knocked for genes in factors.values())
-    # Fewer than 20 cells of the type: no percentile, and of the donor: all other cells are looked at.
-    others = np.delete(demo_cells.counts.toarray(), 3, axis=0)
-    silent = [edit for edit in found if edit.kind == "set"]
-    share = {gene: (others[:, i] > 0).mean() for i, gene in enumerate(demo_cells.genes)}
-    assert {e.gene for e in silent} == {gene for gene in known if count[gene] == 0 and share[gene] >= 0.1}
-    for edit in silent:
-        column = others[:, demo_cells.genes.tolist().index(edit.gene)]
-        assert edit.amount == max(1.0, np.median(column[column > 0]))
-    assert (
-        default_candidates(recipe, demo_cells, tiny_bundle, most=7)
-        == default_candidates(recipe, demo_cells, tiny_bundle)[:7]
-    )
-    assert len({e.kind for e in default_candidates(recipe, demo_cells, tiny_bundle, most=5)}) == 3
-
-
-def one_type(cells: Cells) -> Cells:
-    return replace(cells, cell_type=np.full(len(cells), "B cell"), donor=np.full(len(cells), "one"))
-
-
-def test_a_silent_gene_is_set_to_the_90th_percentile_of_a_large_type(tiny_bundle, demo_cells: Cells) -> None:
-    cells = one_type(demo_cells)
-    found = default_candidates(make(tiny_bundle).recipe, cells, tiny_bundle)
-    counts = cells.counts.toarray()
-    at = dict(zip(cells.genes, np.percentile(counts, 90, axis=0), strict=True))
-    raised = [edit for edit in found if edit.kind in ("percentile", "set")]
-    assert {edit.kind for edit in raised if at[edit.gene] > 0} == {"percentile"}
-    edited = Perturbation(tuple(raised)).apply(cells.take([3]), cells).counts.toarray()[0]
-    for edit in raised:
-        if edit.kind == "percentile":
-            assert edited[cells.genes.tolist().index(edit.gene)] == pytest.approx(at[edit.gene])
-
-
-def test_random_sets_are_different_and_matched_in_kind_and_level(tiny_bundle, demo_cells: Cells) -> None:
-    cells, goal = one_type(demo_cells), make(tiny_bundle)
-    row = cells.counts.toarray()[3]
-    count = dict(zip(cells.genes, row, strict=True))
-    around = dict(zip(cells.genes, np.delete(cells.counts.toarray(), 3, axis=0).mean(axis=0), strict=True))
-    silent = next(gene for gene in cells.genes if count[gene] == 0 and around[gene] > 0)
-    edits = (Edit("GAPDH", "ko"), Edit(silent, "percentile", 90), Edit("CDH1", "factor", 4))
-    found = random_sets(goal, edits, cells, tiny_bundle, 40)
-    assert len({frozenset(one) for one in found}) == len(found) == 40
-    assert found == random_sets(goal, edits, cells, tiny_bundle, 40)
-    for one in found:
-        assert [(e.kind, e.amount) for e in one] == [(e.kind, e.amount) for e in edits]
-        genes = [edit.gene for edit in one]
-        assert len(set(genes)) == 3 and not set(genes) & {"GAPDH", silent, "CDH1", "NOTINVOCAB1"}
-        assert [count[gene] > 0 for gene in genes] == [count[e.gene] > 0 for e in edits]
-        assert (Perturbation((one[1],)).apply(cells.take([3]), cells).counts != cells.take([3]).counts).nnz == 1
-    pool = [g for g in cells.genes if count[g] > 0 and g not in ("GAPDH", "NOTINVOCAB1")]
-    alone = random_sets(goal, edits[:1], cells, tiny_bundle)
-    nearest = sorted(pool, key=lambda g: abs(np.log1p(count[g]) - np.log1p(count["GAPDH"])))[:MATCHED]
-    assert {one[0].gene for one in alone} <= set(nearest) and len(alone) == goal.random
-    assert len(random_sets(goal, edits[:1], cells, tiny_bundle, 999)) == min(MATCHED, len(pool))
-
-
 # --- the drawing ----------------------------------------------------------------------------------------------------
 
 
@@ -399,11 +329,39 @@ def test_a_cancelled_search_keeps_its_part_and_goes_on(finished, tiny_bundle, de
 
 def test_a_verdict_needs_interval_and_test() -> None:
     columns = {"role": "found", "readout": TOWARDS, "size": 1, "edits": "A:ko", "unit": "", "n": 8}
+    """q of the five: 0.017, 0.25, 0.017, 0.017, 1."""
     cases = [(1.0, 2.0, 0.01), (1.0, 2.0, 0.2), (-2.0, -1.0, 0.01), (-1.0, 1.0, 0.01), (math.nan, math.nan, 1.0)]
     rows = [columns | {"low": low, "high": high, "p": p} for low, high, p in cases]
     rest = ["surrogate", "start", "end", "effect", "share", "surrogate_inside", "support", "outside"]
     table = _confirmed([pd.DataFrame(rows).reindex(columns=[*rows[0], *rest, "p_random", "n_random"])])
     assert table["verdict"].tolist() == ["agrees", "open", "disagrees", "open", ""]
+    alone = [pd.DataFrame(rows[:2]).assign(p=[0.04, 0.9]).reindex(columns=table.columns)]
+    assert _confirmed(alone)["verdict"].tolist() == ["open", "open"], "p < 0.05, but q = 0.08"
+
+
+def test_with_the_seeds_of_a_screen_one_row_alone_can_be_a_hit_and_with_eight_none(tiny_bundle) -> None:
+    goal = make(tiny_bundle)
+    standard = replace(goal, first_seeds=FIRST_SEEDS, further_seeds=FURTHER_SEEDS)
+    assert Goal(goal.recipe, goal.target, goal.candidates).further_seeds == FURTHER_SEEDS
+    assert standard.rows == 3 * (1 + len(READOUTS))
+    # All 12 differences of one sign: 2 of 2^12 assignments of signs are as extreme; Benjamini-Hochberg by hand.
+    assert standard.smallest_q() == pytest.approx(2 / 2**12 * standard.rows) and standard.smallest_q() < 0.05
+    assert f"one row alone among {standard.rows} tested can reach" in standard.reach()
+    eight = replace(standard, further_seeds=FURTHER_SEEDS[:8])
+    assert eight.smallest_q() == pytest.approx(2 / 2**8 * eight.rows) and eight.smallest_q() > 0.05
+    # k rows at the smallest p have q = p * rows / k.
+    needed = next(k for k in range(1, eight.rows) if 2 / 2**8 * eight.rows / k < 0.05)
+    assert f"{needed} of them have to reach that p together" in eight.reach()
+    assert "no q can be below 0.05: take more further seeds" in goal.reach()
+    several = replace(standard, recipe=replace(goal.recipe, cell_ids=("cell-3", "cell-4")))
+    assert several.units == 2 and "take more cells" in several.reach()
+
+
+def test_a_screen_and_a_goal_of_as_many_rows_reach_as_far(tiny_bundle) -> None:
+    goal = make(tiny_bundle, first_seeds=FIRST_SEEDS, further_seeds=FURTHER_SEEDS)
+    screen = Screen(goal.recipe, (Perturbation.parse("GAPDH:ko"),))
+    for rows in (1, 5, 100, 500):
+        assert goal.smallest_q(rows) == screen.smallest_q(rows) and goal.reach(rows) == screen.reach(rows)
 
 
 def test_the_sentences_say_what_was_done_and_mark_what_lies_outside(finished) -> None:
@@ -411,6 +369,7 @@ def test_the_sentences_say_what_was_done_and_mark_what_lies_outside(finished) ->
     text = "\n".join(sentences(goal, result))
     assert f"{result.searched} sets of at most 3 edits" in text and "a guess that draws no picture" in text
     assert "density +4000 cells/mm²" in text and "random sets on like genes" in text
+    assert goal.reach(int(result.confirmed["q"].notna().sum())) in text
     inside = replace(result, tradeoff=result.tradeoff.assign(outside=0), confirmed=result.confirmed.assign(outside=0))
     assert "extrapolation" not in "\n".join(sentences(goal, inside))
     outside = replace(inside, tradeoff=result.tradeoff.assign(outside=1))

@@ -13,8 +13,9 @@ import pytest
 
 from ge2hist_core.types import BadInput
 from perturb import track_record
+from perturb.evidence import Evidence, Part
 from perturb.stats import Estimate
-from perturb.verdict import Check, headline_readouts, judge, light
+from perturb.verdict import RULE, Check, headline_readouts, judge, light
 
 NAN = float("nan")
 INSIDE = np.array([[0.4, 0.3]])
@@ -95,6 +96,97 @@ def test_the_headline_is_chosen_by_frequency_and_not_by_effect() -> None:
     table.loc[2, "effect"] = 0.9
     assert headline_readouts(table) == ["density", "spacing", "fraction:B", "fraction:C", "fraction:A"]
     assert headline_readouts(table[table["readout"] == "density"]) == ["density"]
+
+
+# With evidence at hand
+
+
+def gathered(**change: Any) -> Evidence:
+    """Everything speaks for the effect, but for the changes: columns of a part's table, or why it is not there."""
+    tables: dict[str, tuple[str, pd.DataFrame]] = {
+        "technical": (
+            "states",
+            pd.DataFrame({"cell_id": "a", "space": ["embedding", "z_c", "z_e"], "p": [0.05, 0.4, 0.05], "n": 19}),
+        ),
+        "technical_drawn": (
+            "readouts",
+            pd.DataFrame({"readout": ["density"], "effect": 120.0, "cloud": 30.0, "p": 0.05, "n": 19}),
+        ),
+        "matched": ("readouts", pd.DataFrame({"readout": ["density"], "p": 0.01, "q": 0.04, "n": 99})),
+        "matched_drawn": ("readouts", pd.DataFrame({"readout": ["density"], "p": 0.05, "q": 0.2, "n": 19})),
+        "gates": (
+            "gates",
+            pd.DataFrame(
+                {"cell_id": "a", "arm": ["base", "edited"], "p": [0.6, 0.3], "gate": "latent",
+                 "inside": pd.Series([True, True], dtype=object)}
+            ),
+        ),
+        "baselines": (
+            "skill",
+            pd.DataFrame({"readout": ["density"], "skill": 0.4, "low": 0.2, "high": 0.5, "best": "ridge", "beats": True,
+                          "n": 200, "donors": 7}),
+        ),
+    }  # fmt: skip
+    missing = {name: value for name, value in change.items() if isinstance(value, str)}
+    parts = {}
+    for name, (title, table) in tables.items():
+        if name not in missing:
+            for column, value in change.get(name, {}).items():
+                table = table.assign(**{column: value})
+            parts[name] = Part(name, {title: table}, {"seeds": 3})
+    return Evidence("d" * 64, ("density",), 1, parts, missing)
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "wanted", "says"),
+    [
+        ({}, "technical", True, "leaves the cloud of 19 encodings"),
+        ({"technical": {"p": [0.1, 0.05, 0.05]}}, "technical", False, "does not leave the cloud"),
+        ({"technical": {"p": [0.05, 0.1, 0.1]}}, "technical", False, "does not leave the cloud"),
+        ({"technical_drawn": {"p": 0.1}}, "technical", False, "inside that cloud, p = 0.1"),
+        ({}, "matched", True, "none moves this readout at least as far (q = 0.04)"),
+        ({"matched": {"p": 0.03, "q": 0.05}}, "matched", False, "2 move this readout at least as far"),
+        ({"matched_drawn": {"p": 0.1}}, "matched", False, "1 moves this readout at least as far (p = 0.1)"),
+        ({"matched": "no network", "matched_drawn": {"p": 0.05}}, "matched", True, "Of 19 that were drawn"),
+        ({}, "gates", True, "inside the training data: over all gates p = 0.6 before and 0.3 after"),
+        ({"gates": {"p": [0.6, 0.01], "inside": [True, False]}}, "gates", False, "It is the latent that is unlike"),
+        ({"gates": {"p": NAN, "inside": None}}, "gates", False, "is not known"),
+        ({}, "baseline", True, "skill 0.40"),
+        ({"baselines": {"beats": False, "low": -0.1}}, "baseline", False, "are not shown to tell more"),
+    ],
+)
+def test_each_piece_of_evidence_is_a_check_that_the_light_needs(
+    change: dict[str, Any], name: str, wanted: bool, says: str
+) -> None:
+    found = judge(CLEAR, np.array([[NAN, NAN]]), 1, 20, None, gathered(**change))
+    checks = {check.name: check for check in found.checks}
+    assert "support" not in checks and checks[name].passed == wanted and says in checks[name].reason
+    assert bool(checks[name].short) != wanted
+    assert found.light == ("green" if wanted else "amber")
+    assert "predict" not in found.claim + reasons(found) + " ".join(found.notes)
+    grey = judge(CLEAR | {"low": -1.0, "q": 0.2}, INSIDE, 1, 20, None, gathered(**change))
+    assert grey.light == "grey" and "grey" in RULE.lower()
+
+
+def test_what_could_not_be_had_is_noted_and_lights_nothing() -> None:
+    found = judge(CLEAR, INSIDE, 1, 20, None, gathered(baselines="None here.", gates="No gates.", technical="Odd."))
+    assert [check.name for check in found.checks] == ["interval", "q", "support", "technical", "matched"]
+    assert found.light == "green" and {"Not checked (baselines): None here.", "Not checked (gates): No gates."} <= set(
+        found.notes
+    )
+    unknown = judge(CLEAR, INSIDE, 1, 20, None, gathered(baselines={"readout": "spacing"}))
+    assert "baseline" not in {check.name for check in unknown.checks}
+    assert any("was not measured" in note for note in unknown.notes)
+    assert judge(CLEAR, INSIDE, 1, 20).notes == ()
+
+
+def test_most_cells_of_a_group_have_to_leave_the_cloud() -> None:
+    states = pd.DataFrame({"cell_id": np.repeat(["a", "b", "c"], 3), "space": ["embedding", "z_c", "z_e"] * 3, "n": 19})
+    for left, wanted in ((1, False), (2, True), (3, True)):
+        table = states.assign(p=np.repeat([0.05] * left + [0.5] * (3 - left), 3))
+        evidence = Evidence("d" * 64, ("density",), 3, {"technical": Part("technical", {"states": table})})
+        (check,) = (c for c in judge(CLEAR, INSIDE, 3, 20, None, evidence).checks if c.name == "technical")
+        assert check.passed == wanted and f"{left} of 3 cells" in check.reason
 
 
 # What was measured of the bundle

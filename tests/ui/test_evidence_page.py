@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,10 @@ from ge2hist_core.types import Cells
 from pages import _ui
 from perturb.cache import DiskCache
 from perturb.edits import Perturbation
+from perturb.evidence import at_hand
 from perturb.recipe import Recipe
+from perturb.report import zip_bytes
+from perturb.result import load_result
 from perturb.run import cells_for, run
 
 APP = Path(__file__).parents[2] / "app.py"
@@ -91,9 +97,36 @@ def test_a_full_result_gets_a_light_per_headline_readout_with_its_reasons(home: 
     assert "GAPDH:ko in **cell-3**" in said.replace("**GAPDH:ko**", "GAPDH:ko") and "Not compared yet" not in said
     lights = [one.label for one in at.expander if any(word in one.label for word in ("no evidence", "supported"))]
     shares = result.comparison["readout"].str.startswith("fraction:").sum()
-    assert len(lights) == 2 + min(3, shares) and "Density" in lights[0] and "Nearest neighbour" in lights[1]
+    assert (
+        len(lights) == 2 + min(3, shares) and "Density" in lights[0] and "Distance to the nearest nucleus" in lights[1]
+    )
     assert "not donors" in said and "compare over more seeds" in said
     assert "GAPDH:ko" in at.query_params["edit"]
+
+    at.button(key="gather evidence").click().run()
+    key = f"evidence of {recipe.hash}"
+    deadline = time.monotonic() + TIMEOUT
+    while not (state := _ui.get_worker().state(key, at.session_state["owner"])).over and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert state.status == "done"
+    at.run()
+    said = texts(at)
+    assert "gather evidence" not in [one.key for one in at.button]
+    assert "identity z_c" in said and "random genes" in said and "Not at hand" in said
+    with zipfile.ZipFile(io.BytesIO(_zip_of(at, recipe))) as report:
+        lights = json.loads(report.read("evidence.json"))["lights"]
+    assert [one["readout"] for one in lights][:2] == ["density", "spacing"]
+
+
+def _zip_of(at: AppTest, recipe: Recipe) -> bytes:
+    """The report that the buttons of the Report page would give, evidence included."""
+    result = load_result(recipe.hash, _ui.get_cache())
+    model = GE2Hist.load(_ui.bundle_folder())
+    with open_h5ad(_ui.demo_cells(), model.scgpt.vocab) as source:
+        cells = cells_for(source, recipe.cell_ids)
+    evidence, complete = at_hand(result, model, cells, _ui.get_cache())
+    assert complete
+    return zip_bytes(result, cells, evidence=evidence)
 
 
 def test_the_evaluation_is_told_with_chart_table_and_sentences(home: Path) -> None:

@@ -1,7 +1,8 @@
 """One way through the app in a real browser, with the demo bundle and its cells, as a new user would go.
 
-Start, pick, knock out, watch, compare, download, open the report, add a drug signature, cancel a screen. Screenshots go
-to ``ci-output/``. With ``CI=true`` a missing browser is a failure, elsewhere the test is skipped.
+Start, pick, knock out, watch, compare, download, open the report, add a drug signature, fit a network and leave it out,
+compare scenarios, cancel a screen and a goal search. Screenshots go to ``ci-output/``. With ``CI=true`` a missing
+browser is a failure, elsewhere the test is skipped.
 """
 
 from __future__ import annotations
@@ -195,6 +196,22 @@ def test_journey(address: str, browser, tmp_path: Path) -> None:
     expect(page.get_by_alt_text(AFTER)).to_be_visible()
     page.screenshot(path=PICTURES / "7-signature.png")
 
+    # A network is fitted by the worker, chosen, and left out again.
+    page.get_by_text("Let edits spread through a network").click()
+    search = page.get_by_label("Fit a network to these cells: regulators: search")
+    search.fill(gene)
+    search.press("Enter")
+    expect(page.get_by_test_id("stMultiSelectTagsContainer").filter(has_text=gene)).to_be_visible()
+    page.get_by_role("button", name="Fit", exact=True).click()
+    expect(page.get_by_text("edges start at an edited gene")).to_be_visible()
+    page.screenshot(path=PICTURES / "7b-network.png", full_page=True)
+    page.locator("[data-testid='stApp'][data-test-script-state='notRunning']").wait_for()
+    choice = page.locator(".st-key-network input")
+    choice.fill("Off")
+    expect(page.get_by_role("option", name=re.compile("^Off")).first).to_be_visible()
+    choice.press("Enter")
+    expect(page.get_by_text("edges start at an edited gene")).to_have_count(0)
+
     # Scenarios are named, duplicated and drawn side by side.
     page.get_by_role("link", name="Compare").click()
     page.get_by_role("button", name="Add what Explore shows").click()
@@ -208,6 +225,11 @@ def test_journey(address: str, browser, tmp_path: Path) -> None:
     expect(page.get_by_role("button", name="Table (CSV)")).to_be_visible()
     expect(page.get_by_alt_text("Generated H&E picture of scenario Signature", exact=True)).to_be_visible()
     page.screenshot(path=PICTURES / "8-compare.png", full_page=True)
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Report (ZIP)").click()
+    with zipfile.ZipFile(waiting.value.path()) as archive:
+        assert archive.testzip() is None
+        assert {"effects.csv", "workspace.json", "1_Signature/recipe.json"} <= set(archive.namelist())
 
     # A screen is started, seen at work and cancelled; its ranking is kept.
     page.get_by_role("link", name="Screen").click()
@@ -217,4 +239,19 @@ def test_journey(address: str, browser, tmp_path: Path) -> None:
     expect(page.get_by_role("button", name="Go on with the screen")).to_be_visible()
     expect(page.get_by_text("All candidates, ranked without drawing")).to_be_visible()
     page.screenshot(path=PICTURES / "9-screen.png", full_page=True)
+    # Streamlit's own CSV of a table is hidden: it hands formulas on as they are.
+    page.locator("[data-testid='stDataFrame']").first.hover()
+    expect(page.get_by_role("button", name=re.compile("^Search")).first).to_be_visible()
+    expect(page.get_by_role("button", name=re.compile("^Download as CSV"))).to_have_count(0)
+
+    # A goal search of single edits is cancelled while it draws; what it has judged is kept.
+    page.get_by_text("Edits towards a target").click()
+    page.locator(".st-key-goal-edits").get_by_text("1", exact=True).click()
+    expect(page.get_by_text(re.compile("no p is below"))).to_be_visible()
+    page.get_by_role("button", name="Start the search").click()
+    expect(page.get_by_text(re.compile("^Drawing "))).to_be_visible()
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("button", name="Go on with the search")).to_be_visible()
+    expect(page.get_by_text("Best sets, judged without drawing")).to_be_visible()
+    page.screenshot(path=PICTURES / "10-goal.png", full_page=True)
     assert faults == []

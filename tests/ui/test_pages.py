@@ -341,7 +341,8 @@ def test_a_screen_runs_in_the_worker_and_shows_its_tables(settings: pytest.Monke
     at = start(address(start()) | {"steps": "1"})
     at.switch_page("pages/screen.py").run()
     at.segmented_control(key="candidates").set_value("A list of genes").run()
-    at.multiselect(key="screen genes").set_value(["GAPDH", "ACTB", "CD8A", "KRT8"]).run()
+    at.text_input(key="screen genes search").set_value("gapdh, ACTB CD8A;KRT8").run()
+    assert at.multiselect(key="screen genes").value == ["GAPDH", "ACTB", "CD8A", "KRT8"]
     at.number_input(key="keep").set_value(2).run()
     assert not at.exception and not at.error
     at.button(key="start screen").click().run()
@@ -366,6 +367,7 @@ def test_types_and_environments_are_drawn_by_the_worker(settings: pytest.MonkeyP
         assert state is not None and state.status == "done", state
         at.run()
         assert not at.exception and len(at.image) == pictures and len(at.dataframe) == 1
+        assert [one.proto.label for one in at.get("download_button")] == ["Table (CSV)", "Everything (ZIP)"]
 
 
 def test_scenarios_are_kept_changed_drawn_and_survive_the_tab(settings: pytest.MonkeyPatch) -> None:
