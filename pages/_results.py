@@ -120,10 +120,12 @@ def _replay(result: Result, model: GE2Hist) -> None:
         slots = [column.empty() for column in st.columns(2)]
         for i in range(n) if play else (step - 1,):
             for slot, arm in zip(slots, frames, strict=True):
+                when = "Before" if arm == "base" else "After"
                 slot.image(
                     frames[arm][i],
                     width="stretch",
-                    caption=f"{'Before' if arm == 'base' else 'After'}, {i + 1} of {n}: the clean picture as estimated",
+                    caption=f"{when}, {i + 1} of {n}: the clean picture as estimated",
+                    alt=f"{when} the edit, denoising step {i + 1} of {n}",
                 )
             if play:
                 time.sleep(0.12)

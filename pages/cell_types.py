@@ -46,7 +46,7 @@ def page() -> None:
 def _grid(model: GE2Hist, opened: tuple[Experiment, H5adSource] | None) -> TypesGrid | None:
     from perturb.types_grid import TypesGrid
 
-    left, right, last = st.columns([2.4, 1.4, 1])
+    left, right, last = st.columns([3.2, 1.2, 0.9])
     types = left.multiselect("Cell types", model.cell_types, model.cell_types[:4], key="gallery types")
     kinds = [name for name in ENVIRONMENTS if opened is not None or name != "cells"]
     kind = right.selectbox("Environments from", kinds, key="gallery environments", format_func=ENVIRONMENTS.__getitem__)
