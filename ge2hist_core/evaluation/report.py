@@ -130,7 +130,8 @@ def _methods(result: Figure) -> Section | None:
         rows.append(
             [
                 method["title"], method["kind"], "yes" if method.get("sees_the_cell") else "no",
-                number(t.get("steps"), ",d"), number(macs, ".1f", 1e-12), number(t.get("cpu_seconds"), ".1f", 1 / 3600),
+                number(t.get("steps"), ",.0f"), number(macs, ".1f", 1e-12),
+                number(t.get("cpu_seconds"), ".1f", 1 / 3600),
             ]
         )  # fmt: skip
     header = ["method", "kind", "sees the cell", "training steps", "10^12 multiply-accumulates", "CPU hours"]
@@ -528,17 +529,17 @@ def summary(result: Figure) -> str:
 def _line(c: Figure) -> str:
     by_type = c.get("by_type", {})
     tail = (
-        f"; by type |density| {by_type['density_relative']:.1%}, KL {by_type['composition_kl']:.3f}, "
+        f"; by type |density| {number(by_type['density_relative'], '.1%')}, KL {by_type['composition_kl']:.3f}, "
         f"|spacing| {number(by_type['spacing_um'], '.2f')} um"
         if by_type
         else ""
     )
     r = number(c["density_r"], ".2f")
-    if c["density_relative"]["value"] is None:
+    if c["composition_kl"]["value"] is None:
         return f"n = {c['n']}: r {r}{tail}"
     density, kl, spacing = (c[key]["value"] for key in ("density_relative", "composition_kl", "spacing_um"))
     low, high = (number(c["density_relative"][end], "+.1%") for end in ("low", "high"))
     return (
-        f"n = {c['n']}: density {density:+.1%} [{low}, {high}], composition KL {kl:.4f} nats, "
+        f"n = {c['n']}: density {number(density, '+.1%')} [{low}, {high}], composition KL {kl:.4f} nats, "
         f"spacing {number(spacing, '+.2f')} um, r {r}{tail}"
     )
