@@ -1,4 +1,4 @@
-"""Cells from users' ``.h5ad`` files; the only file that reads AnnData.
+"""Cells from users' ``.h5ad`` files and from stores; the only file that reads AnnData.
 
 A file of up to ``MAX_BYTES`` is never loaded whole: its values are looked over once, block by block, and then only
 the rows asked for are read. What was recognised is said in a :class:`Preview`; what cannot be used is refused with
@@ -8,10 +8,15 @@ Which matrix is used: ``X`` if it holds raw counts, otherwise the first raw coun
 otherwise non-negative values of ``X``, ``raw.X`` or a layer, with a warning. The encoder sees only the order of a
 cell's values, so normalised values embed as counts do; log-normalised ones are turned back by exp(x) - 1, because an
 edit multiplies expression and not its logarithm. Scaled values have no such way back and are never used.
+
+A store that ``prepare`` or ``simulate`` wrote is read in the same way (:func:`open_store`), in place and of any size:
+its cells come with positions in um, and with their pictures (:class:`StoreSource`).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -28,7 +33,17 @@ import scipy.sparse as sp
 from ge2hist_core.files import atomic_path, sha256_file
 from ge2hist_core.types import BadInput, Cells
 
-__all__ = ["MAX_BYTES", "H5adSource", "Preview", "annotate_h5ad", "open_h5ad", "write_cells"]
+__all__ = [
+    "MAX_BYTES",
+    "H5adSource",
+    "Preview",
+    "StoreSource",
+    "annotate_h5ad",
+    "open_cells",
+    "open_h5ad",
+    "open_store",
+    "write_cells",
+]
 
 MAX_BYTES = 2**30
 MIN_KNOWN = 0.1
@@ -119,6 +134,36 @@ def open_h5ad(
     except BaseException:
         parts.close()
         raise
+
+
+def open_store(
+    path: str | Path,
+    vocab: Collection[str] | None = None,
+    *,
+    matrix: str | None = None,
+    gene_column: str | None = None,
+    type_column: str | None = None,
+    donor_column: str | None = None,
+) -> StoreSource:
+    """Open a store's cells, look them over once and say what is in them; parameters as for :func:`open_h5ad`.
+
+    Raises
+    ------
+    BadInput: the folder is no store of this project, or a part of it is damaged.
+    """
+    path = Path(path)
+    um_per_px, parts = _read_store_parts(path)
+    return StoreSource(path, parts, vocab, matrix, gene_column, type_column, donor_column, um_per_px=um_per_px)
+
+
+def open_cells(path: str | Path, vocab: Collection[str] | None = None, **choices: str | None) -> H5adSource:
+    """Open what ``path`` is: a store where it is a folder, an ``.h5ad`` file otherwise.
+
+    Raises
+    ------
+    BadInput: as :func:`open_store` and :func:`open_h5ad`.
+    """
+    return (open_store if Path(path).is_dir() else open_h5ad)(path, vocab, **choices)
 
 
 class H5adSource:
@@ -268,6 +313,42 @@ class H5adSource:
         return {str(cell): row for row, cell in enumerate(self.cell_id)}
 
 
+class StoreSource(H5adSource):
+    """Cells of a store, read in place; made by :func:`open_store`. Each donor has a section with a picture.
+
+    Attributes
+    ----------
+    um_per_px: of the pictures. All others are those of :class:`H5adSource`; ``xy`` is in um from the top left corner
+        of the cell's own section.
+    """
+
+    def __init__(self, *args: Any, um_per_px: float) -> None:
+        super().__init__(*args)
+        self.um_per_px = um_per_px
+
+    @cached_property
+    def sha256(self) -> str:
+        """``TissueStore.identity``, computed block by block."""
+        from ge2hist_core.store import SCHEMA, TABLE
+
+        parts = self._parts
+        stored = parts.matrices["X"]
+        with _damage(self.path.name):
+            header = [SCHEMA, self.um_per_px, [str(g) for g in parts.var.index], [str(c) for c in parts.obs.index]]
+            digest = hashlib.sha256(json.dumps(header).encode())
+            if (xy := parts.planes.get("spatial")) is None:
+                raise BadInput(f"Table {TABLE!r} of {self.path.name} gives no positions: write the store again.")
+            n = stored.shape[0]
+            lengths = [np.diff(block.indptr) for block in stored.blocks()]
+            indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths or [np.zeros(n)]))])
+            digest.update(np.ascontiguousarray(xy, dtype=np.float64).tobytes())
+            digest.update(indptr.astype(np.float64).tobytes())
+            for part in ("indices", "data"):
+                for block in stored.blocks():
+                    digest.update(getattr(block, part).astype(np.float64).tobytes())
+        return digest.hexdigest()
+
+
 def write_cells(
     cells: Cells,
     path: str | Path,
@@ -387,6 +468,18 @@ class _Matrix:
             return sp.csr_matrix((0, self.shape[1]), dtype=np.float32)
         return sp.vstack(blocks, format="csr")[order]
 
+    def blocks(self) -> Iterator[sp.csr_matrix]:
+        """All rows of a CSR matrix in order, some ``BLOCK`` values at a time, as :class:`Cells` holds them."""
+        lo = 0
+        while lo < self.shape[0]:
+            hi = int(np.searchsorted(self.indptr, self.indptr[lo] + BLOCK, side="right")) - 1
+            hi = min(max(hi, lo + 1), self.shape[0])
+            block = self._run(lo, hi)
+            block.sum_duplicates()
+            block.eliminate_zeros()
+            yield block
+            lo = hi
+
     def _run(self, lo: int, hi: int) -> sp.csr_matrix:
         if self.kind == "dense":
             return sp.csr_matrix(np.asarray(self.data[lo:hi], dtype=np.float32))
@@ -415,7 +508,7 @@ class _Matrix:
         return sp.csr_matrix((values, (target, column)), shape=shape)
 
     def _spans(self) -> Iterator[tuple[int, int]]:
-        total = len(self.data)
+        total = self.data.shape[0]
         return ((lo, min(lo + BLOCK, total)) for lo in range(0, total, BLOCK))
 
     def _checked(self, indices: Any) -> np.ndarray:
@@ -531,6 +624,41 @@ def _read_parts(path: Path) -> _Parts:
     return parts
 
 
+def _read_store_parts(path: Path) -> tuple[float, _Parts]:
+    """um per px of a store's pictures, and its table."""
+    import zarr
+    from anndata.io import read_elem
+
+    from ge2hist_core.store import ATTRS, SCHEMA, TABLE
+
+    if not path.is_dir():
+        raise BadInput(f"{path} is not a folder: give the store that `simulate` or `prepare` wrote.")
+    try:
+        root = zarr.open_group(path, mode="r")
+        header = dict(root.attrs).get(ATTRS)
+    except Exception as error:  # zarr raises a dozen classes for what is missing or damaged
+        raise BadInput(f"{path.name} is not a zarr store: give one that `simulate` or `prepare` wrote.") from error
+    if not isinstance(header, dict) or f"tables/{TABLE}" not in root:
+        raise BadInput(f"{path.name} is not a GE2Hist store (no table {TABLE!r}): make one of it with `prepare`.")
+    if header.get("schema") != SCHEMA:
+        raise BadInput(
+            f"{path.name} has store schema {header.get('schema')!r}, this version reads {SCHEMA}: write it again."
+        )
+    with _damage(path.name):
+        table: Any = root[f"tables/{TABLE}"]
+        node = table["X"]
+        kind = str(node.attrs.get("encoding-type", "")).removesuffix("_matrix")
+        if kind != "csr":
+            raise BadInput(f"X of {path.name} is stored as {kind or 'an unknown kind'!r}: write the store again.")
+        shape = tuple(int(size) for size in node.attrs["shape"])
+        x = _sparse("X", kind, shape, node["data"], node["indices"], node["indptr"][:])
+        obs, var = read_elem(table["obs"]), read_elem(table["var"])
+        planes = {"spatial": np.asarray(table["obsm/spatial"][:, :2])}
+        if x.shape != (len(obs), len(var)) or len(planes["spatial"]) != len(obs):
+            raise ValueError("X, obs, var and positions do not fit")
+        return float(header["um_per_px"]), _Parts(obs, var, var, {"X": x}, planes, 1.0, {"position_unit": "um"})
+
+
 def _refuse_links(name: str, file: Any) -> None:
     """An uploaded file must not make the server read another one."""
     import h5py
@@ -583,8 +711,8 @@ def _matrix_on_disk(name: str, node: Any) -> _Matrix:
 
 def _sparse(name: str, kind: str, shape: Any, data: Any, indices: Any, indptr: np.ndarray) -> _Matrix:
     lines = shape[0 if kind == "csr" else 1]
-    sound = len(indptr) == lines + 1 and indptr[0] == 0 and (np.diff(indptr) >= 0).all() and indptr[-1] == len(data)
-    if not sound or len(indices) != len(data):
+    sound = len(indptr) == lines + 1 and indptr[0] == 0 and (np.diff(indptr) >= 0).all() and indptr[-1] == data.shape[0]
+    if not sound or indices.shape != data.shape:
         raise ValueError(f"{name}: index pointers do not fit")
     return _Matrix(name, kind, shape, data, indices, np.asarray(indptr, dtype=np.int64))
 

@@ -1,7 +1,8 @@
 """``python -m ge2hist_core demo-cells DATA.zarr --bundle BUNDLE --out CELLS.h5ad``: cells the bundle has never seen.
 
-As many cells of each type as possible are drawn from held-out donors whose whole niche lies inside the section. Their
-truth comes along as columns of ``obs``: the six programmes and the niche's true density, spacing and composition.
+As many cells of each type as possible are drawn from held-out donors whose whole niche lies inside the section. The
+first is the one most like the training cells of the bundle (largest support p-value): the app opens inside the data.
+The truth comes along as columns of ``obs``: the six programmes and the niche's true density, spacing and composition.
 """
 
 from __future__ import annotations
@@ -99,11 +100,16 @@ def main(args: argparse.Namespace) -> None:
             f"them needs at least {LEAST_CELLS}."
         )
     rows = _balanced(store.cells.cell_type, rows, args.cells, args.seed)
+    embedding = _embedded(model, store.cells.take(rows), args.seed)
+    if model.support is not None:
+        typical = int(model.support.p(embedding).argmax())
+        order = np.r_[typical, np.delete(np.arange(len(rows)), typical)]
+        rows, embedding = rows[order], embedding[order]
     cells = store.cells.take(rows)
     tile_um = model.config.tile_px * model.config.um_per_px
     niche = [niche_stats(store.nuclei(row), (tile_um, tile_um), READER_CLASSES).readouts() for row in rows]
     truth = pd.DataFrame(niche).add_prefix("niche_")
     programmes = [name for name in store.obs.columns if name.startswith("programme_")]
     truth[programmes] = store.obs[programmes].to_numpy()[rows]
-    write_cells(cells, args.out, truth, store.var, _umap(_embedded(model, cells, args.seed), args.seed))
+    write_cells(cells, args.out, truth, store.var, _umap(embedding, args.seed))
     print(f"{len(rows)} cells of {len(set(cells.donor))} held-out donors in {args.out}")

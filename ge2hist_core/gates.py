@@ -719,7 +719,7 @@ def main(args: argparse.Namespace) -> None:
         raise BadInput(f"--test-cells is {args.test_cells}: give at least 20.")
     kept = min(GateConfig.kept_cells, args.cells)
     config = GateConfig(calibration_cells=args.cells, kept_cells=kept, tiles=args.tiles, seed=args.seed)
-    model, store = GE2Hist.load(args.bundle), TissueStore(args.data)
+    model, store = GE2Hist.load(args.bundle, gates=False), TissueStore(args.data)
     gates = fit_gates(model, store, config)
     rates = alarm_rates(model, gates, store, args.test_cells, args.seed)
     rows = json.loads(rates.to_json(orient="records"))

@@ -134,8 +134,10 @@ def test_the_evaluation_is_told_with_chart_table_and_sentences(home: Path) -> No
     at = open_page()
     said = texts(at)
     assert len(at.get("plotly_chart")) == 1
-    assert "**11 of 12**" in said and "**23 of 27**" in said
-    assert "smaller than true ones" in said and "n = 96" in said
+    found = json.loads(DEMO.read_text())["driver_programmes"]
+    for right, of in (("signs_right", "edits_exceeding_noise"), ("clear_signs_right", "clear_readouts")):
+        assert f"**{found[right]} of {found[of]}**" in said
+    assert "smaller than true ones" in said and "n = " in said
     assert "| Density |" in said and "wrong cell's pictures" in said
     assert "predicts" not in said
 
