@@ -410,8 +410,8 @@ def _visium_outs(folder: Path) -> Path | None:
 
 def _positions(path: Path) -> pd.DataFrame:
     with _damage(path):
-        header = path.open(encoding="utf-8-sig").readline()
-        named = "in_tissue" in header
+        with path.open(encoding="utf-8-sig") as file:
+            named = "in_tissue" in file.readline()
         table = pd.read_csv(path, header=0 if named else None)
         if not named:
             table.columns = pd.Index(POSITION_COLUMNS)

@@ -426,6 +426,18 @@ def test_options_become_settings(tmp_path):
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    words = ["f", "--image", "i.tif", "--out", "o.zarr", "--shift-um=-3.5,2", "--regions", "2x3", "--min-umi", "25"]
+    (tmp_path / "binned_outputs").mkdir()
+    words = [
+        str(tmp_path),
+        "--image",
+        "i.tif",
+        "--out",
+        "o.zarr",
+        "--shift-um=-3.5,2",
+        "--regions",
+        "2x3",
+        "--min-umi",
+        "25",
+    ]
     settings = settings_of(parser.parse_args(words))
     assert settings.shift_um == (-3.5, 2.0) and settings.regions == "2x3" and settings.min_umi == 25

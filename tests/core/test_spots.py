@@ -45,7 +45,7 @@ def write_section(
     counts.to_csv(folder / f"{name}.counts.tsv.gz", sep="\t")
     spots = pd.DataFrame(
         {"x": grid[:, 0], "y": grid[:, 1], "pixel_x": um[:, 0] / UM_PER_PX, "pixel_y": um[:, 1] / UM_PER_PX,
-         "selected": np.arange(len(grid)).clip(0, 1), "annotation": np.where(um[:, 0] > 900, "invasive", "stroma")}
+         "selected": np.arange(len(grid)).clip(0, 1), "annotation": np.where(um[:, 0] > 1000, "invasive", "stroma")}
     )  # fmt: skip
     spots.sample(frac=1.0, random_state=seed).to_csv(folder / f"{name}.spots.tsv", sep="\t", index=False)
     # Tissue wide and low, right of the middle: turned or mirrored it lies elsewhere.
@@ -101,7 +101,7 @@ def test_scale_follows_from_the_pitch(prepared):
     np.testing.assert_allclose(
         mine[["x_image_px", "y_image_px"]].to_numpy() * UM_PER_PX, (place - [3, 5]) * 200 + [300, 200], atol=1e-6
     )
-    labels = {tuple(row) for row in zip(mine["x_image_px"] * UM_PER_PX > 900, mine["cell_type"], strict=True)}
+    labels = {tuple(row) for row in zip(mine["x_image_px"] * UM_PER_PX > 1000, mine["cell_type"], strict=True)}
     assert labels == {(True, "invasive"), (False, "stroma")}
 
 
