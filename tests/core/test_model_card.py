@@ -451,3 +451,18 @@ def test_the_report_of_a_real_training_fills_the_card(scgpt_folder: Path, tmp_pa
     assert numbers(rows[0][2]) == pytest.approx([report["separation"]["type_accuracy_z_e"]], abs=5.1e-4)
     assert f"{report['autoencoder_psnr_db']:.1f} dB" in card
     assert "nan" not in card
+
+
+def test_edits_of_known_effect_stand_in_the_card_with_their_command(tmp_path: Path):
+    write(tmp_path)
+    slope = {"density": {"value": 0.25, "low": 0.1, "high": 0.4}, "shares": {"value": 0.5, "low": None, "high": None}}
+    niche = {
+        "n_cells": 9, "n_donors": 3, "n_cases": {"driver": 12}, "slopes": {"direct": slope},
+        "signs": {"direct": {"right": 7, "of": 8}},
+        "beyond_inert": {"direct": {"reporter": {"value": 0.09, "low": 0.05, "high": 0.12, "of": 288}}},
+    }  # fmt: skip
+    write_json(tmp_path / "known_truth.json", {"seed": 4, "niche network": niche})
+    card = model_card(tmp_path)
+    assert "known-truth BUNDLE DATA.zarr --out BUNDLE --cells 9 --per-role 6 --seed 4" in card
+    assert ["direct", "0.25 [0.10, 0.40]", "0.50", "7 of 8"] in table(section(card, "Edits of known effect"))
+    assert "9 [5, 12] % of 288 readouts" in card
