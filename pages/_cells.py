@@ -12,6 +12,7 @@ from pages._choice import choose
 from pages._experiment import Experiment
 from pages._find import find_panel
 from pages._map import map_dialog
+from pages._open import open_panel
 from perturb.colours import colour_of
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ def data_panel(experiment: Experiment, source: H5adSource, model: GE2Hist) -> No
         _preview(source)
     with st.expander("Use your own cells" if is_demo else "Change the file", key="upload"):
         upload(model)
-        if not is_demo and _ui.demo_cells().is_file():
+        if not is_demo and _ui.is_there(_ui.demo_cells()):
             st.button("Back to the demo cells", on_click=_ui.safely(_open_data), args=(_ui.demo_cells(), model))
+    open_panel(model)
 
 
 def upload(model: GE2Hist) -> None:
@@ -60,7 +62,7 @@ def upload(model: GE2Hist) -> None:
 
 def _open_data(path: Any, model: GE2Hist) -> None:
     st.session_state["experiment"] = _ui.new_experiment(path, model)
-    for key in ("type", "cell"):
+    for key in ("type", "cell", "map donor"):
         st.session_state.pop(key, None)
 
 
@@ -130,6 +132,21 @@ def cell_panel(experiment: Experiment, source: H5adSource, model: GE2Hist, profi
     find_panel(experiment, source)
     if profile is not None:
         _card(profile)
+    _real_tile(source, current, model)
+
+
+def _real_tile(source: H5adSource, cell_id: str, model: GE2Hist) -> None:
+    """What the slide shows around the cell, to stand beside the generated picture."""
+    with _ui.guard():
+        if _ui.as_store(source) is None:  # an h5ad holds no pictures
+            return
+        niche = _ui.real_tile(source, cell_id, model)
+        if niche is None:
+            st.caption("The real tile of this cell would leave its section: none is shown.")
+            return
+        side = niche.image.shape[0] * niche.um_per_px
+        st.image(_ui.picture_png(niche.image, generated=False), width="stretch", alt="Real H&E picture of this cell")
+        st.caption(f"Real tile of this cell, {side:g} µm wide. It is not what the edit is compared with.")
 
 
 def _ask_for_map() -> None:

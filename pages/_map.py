@@ -107,6 +107,7 @@ def map_dialog(experiment: Experiment, source: H5adSource, model: GE2Hist) -> No
             from perturb.cell_map import in_words
 
             st.caption(_ui.plain(in_words(moves)))
+        _tiles(experiment, source, model)
         if len(points) < len(source):
             st.caption(f"{len(points):,} of {len(source):,} cells are shown; every cell can be found by its id.")
         st.caption(
@@ -176,7 +177,38 @@ def _controls(experiment: Experiment, source: H5adSource, model: GE2Hist) -> str
                 st.session_state["map donor"] = source.donor[source.index_of(experiment.recipe.cell_ids[0])]
             with st.container(width=200):
                 st.selectbox("Section of", [*donors, ALL_DONORS], key="map donor")
+        if shown == "section" and _ui.as_store(source) is not None:
+            st.toggle("H&E below the cells", value=True, key="map picture")
     return shown
+
+
+def _tiles(experiment: Experiment, source: H5adSource, model: GE2Hist) -> None:
+    """The real tile of the chosen cell beside the generated one, where both are at hand."""
+    cell = experiment.recipe.cell_ids[0]
+    niche = _ui.real_tile(source, cell, model)
+    if niche is None:
+        return
+    real, drawn, _ = st.columns([1, 1, 1], gap="small")
+    with real:
+        st.image(_ui.picture_png(niche.image, generated=False), width="stretch", alt="Real H&E picture of this cell")
+        st.caption(f"Real tile of {_ui.plain(cell)}")
+    draft = replace(experiment.recipe.draft, perturbation=type(experiment.recipe.perturbation)())
+    for recipe in (experiment.recipe.draft, draft):
+        if (result := _ui.get_result(recipe)) is not None:
+            with drawn:
+                png = _ui.tile_png(result.recipe.hash, "base", 0, "picture", (), result)
+                st.image(png, width="stretch", alt="Generated H&E picture of this cell, unedited")
+                st.caption("Generated, unedited")
+            return
+
+
+def _section_shown(source: H5adSource, plane: str) -> str | None:
+    """The one section that the map shows, None where it shows several or another plane."""
+    if plane != "section" or source.donor is None:
+        return None
+    donors = sorted(set(source.donor[~source.empty]))
+    donor = donors[0] if len(donors) == 1 else st.session_state.get("map donor", ALL_DONORS)
+    return None if donor == ALL_DONORS else str(donor)
 
 
 def _by_type(source: H5adSource, plane: str) -> pd.DataFrame:
@@ -293,7 +325,7 @@ def _figure(
         of_plane = {cell: row for cell, row in of_plane.items() if row in drawn}
     chosen = list(of_plane.values())
     unit = {"um": " (µm)", "px": " (pixels)"}.get(source.preview.position_unit or "", "") if plane == "section" else ""
-    return cell_map(
+    figure = cell_map(
         points.assign(cell_id=source.cell_id[rows], x=xy[rows, 0], y=xy[rows, 1]),
         {"cell_id": list(of_plane), "x": xy[chosen, 0], "y": xy[chosen, 1]},
         colour=kind,
@@ -303,3 +335,12 @@ def _figure(
         moves=moves,
         theme=_ui.theme(),
     )
+    donor = _section_shown(source, plane)
+    store = _ui.as_store(source)
+    if donor is not None and store is not None and st.session_state.get("map picture", True):
+        from ge2hist_core.section_picture import section_size_um
+        from perturb.section_chart import lay_under
+
+        size_um = section_size_um(store.path, donor, store.um_per_px)
+        return lay_under(figure, _ui.section_picture(store, donor), size_um)
+    return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import html
 import json
@@ -9,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 import uuid
@@ -25,7 +27,7 @@ from ge2hist_core.types import BadInput
 from pages._experiment import Experiment
 
 if TYPE_CHECKING:
-    from ge2hist_core.data import H5adSource
+    from ge2hist_core.data import H5adSource, StoreSource
     from ge2hist_core.model import GE2Hist
     from ge2hist_core.real_tiles import RealTiles
     from ge2hist_core.types import Cells
@@ -55,17 +57,42 @@ LINK_DAYS = 90
 log = logging.getLogger("ge2hist")
 
 
-# Settings: three environment variables, see the About page
+# Settings: options of the start and environment variables, see the About page
+
+
+def start_option(name: str) -> str | None:
+    """``--bundle`` or ``--data`` of ``streamlit run app.py -- --bundle DIR --data STORE.zarr``, None if not given."""
+    if Path(sys.argv[0]).name != "app.py":  # the arguments are those of another program, such as a test's
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(f"--{name}")
+    try:
+        return getattr(parser.parse_known_args(sys.argv[1:])[0], name)
+    except argparse.ArgumentError:
+        raise BadInput(f"The app was started with --{name} and no path: give one after it.") from None
 
 
 def bundle_folder() -> Path:
-    """``GE2HIST_BUNDLE``, or the demo bundle."""
-    return Path(os.environ.get("GE2HIST_BUNDLE", ROOT / "assets" / "demo_bundle"))
+    """The bundle that this tab opened, that of ``--bundle``, ``GE2HIST_BUNDLE``, or the demo bundle."""
+    opened = st.session_state.get("opened bundle")
+    return opened if opened is not None else start_bundle()
+
+
+def start_bundle() -> Path:
+    """The bundle that a new tab has."""
+    given = start_option("bundle") or os.environ.get("GE2HIST_BUNDLE")
+    return Path(given).expanduser() if given else ROOT / "assets" / "demo_bundle"
 
 
 def demo_cells() -> Path:
-    """``GE2HIST_CELLS``, or the demo cells."""
-    return Path(os.environ.get("GE2HIST_CELLS", ROOT / "assets" / "demo_cells.h5ad"))
+    """The cells at the start: those of ``--data``, ``GE2HIST_CELLS``, or the demo cells."""
+    given = start_option("data") or os.environ.get("GE2HIST_CELLS")
+    return Path(given).expanduser() if given else ROOT / "assets" / "demo_cells.h5ad"
+
+
+def is_there(path: Path) -> bool:
+    """Whether cells lie at a path: a file, or a store."""
+    return path.is_file() or (path / "zarr.json").is_file()
 
 
 def home() -> Path:
@@ -140,15 +167,56 @@ def escape(text: object) -> str:
 
 def get_model() -> GE2Hist:
     """The model of the bundle folder; without one the page ends with a sentence on how to get it."""
+    _bundle_of_address()
     folder = bundle_folder()
+    if not (folder / "bundle.json").is_file():
+        no_model(folder)
+    return load_model(folder)
+
+
+def load_model(folder: Path) -> GE2Hist:
+    """The model of a bundle folder; the last few stay open, shared by all tabs.
+
+    Raises
+    ------
+    BadInput: the bundle is damaged or gone.
+    """
     header = folder / "bundle.json"
     if not header.is_file():
-        no_model(folder)
+        raise BadInput(f"{folder} is no bundle (no bundle.json): give a folder that `train` wrote.")
     with st.spinner("Opening the model"):
         return _model(str(folder), header.stat().st_mtime_ns)
 
 
-@st.cache_resource(max_entries=1, show_spinner=False)
+def _bundle_of_address() -> None:
+    """Open the bundle that a new tab's address names, where it was opened on this server by its path."""
+    if "bundle looked up" in st.session_state:
+        return
+    st.session_state["bundle looked up"] = True
+    path = recall("bundles", st.query_params.get("model", ""))
+    if path is not None and (path / "bundle.json").is_file():
+        st.session_state["opened bundle"] = path
+
+
+def remember(kind: str, sha256: str, path: Path) -> None:
+    """Note where something lies that was opened by its path (``bundles``, ``opened``), for links to it."""
+    from ge2hist_core.files import write_json
+
+    write_json(home() / kind / f"{sha256}.json", {"path": str(path)})
+
+
+def recall(kind: str, digits: str) -> Path | None:
+    """Where what begins with these digits of its SHA-256 was opened, None if nowhere or not allowed to be."""
+    if os.environ.get("GE2HIST_OPEN", "1") == "0" or not re.fullmatch(r"[0-9a-f]{12,64}", digits):
+        return None
+    for note in (home() / kind).glob(f"{digits}*.json"):
+        with suppress(FileNotFoundError):
+            note.touch()
+            return Path(json.loads(note.read_text(encoding="utf-8"))["path"])
+    return None
+
+
+@st.cache_resource(max_entries=3, show_spinner=False)
 def _model(folder: str, changed: int) -> GE2Hist:
     from ge2hist_core.model import GE2Hist
 
@@ -157,6 +225,11 @@ def _model(folder: str, changed: int) -> GE2Hist:
 
 def no_model(folder: Path) -> NoReturn:
     """The empty state without a model."""
+    from pages._open import open_panel
+
+    show_message()
+    with st.sidebar:
+        open_panel(None)
     with st.container(border=True, key="empty-model"):
         st.subheader("No model bundle found")
         st.markdown(
@@ -175,10 +248,11 @@ def no_model(folder: Path) -> NoReturn:
 
 def get_source(path: Path, model: GE2Hist, matrix: str | None = None, gene_column: str | None = None) -> H5adSource:
     """The cells of a file, looked over once; shared by all pages."""
-    if not path.is_file():
-        raise BadInput(f"{path.name} is no longer there: upload it again.")
+    if not is_there(path):
+        raise BadInput(f"{path.name} is no longer there: open or upload it again.")
+    changed = (path / "zarr.json" if path.is_dir() else path).stat().st_mtime_ns
     with st.spinner(f"Reading {path.name}"):
-        source = _source(str(path), path.stat().st_mtime_ns, model.sha256, matrix, gene_column, model)
+        source = _source(str(path), changed, model.sha256, matrix, gene_column, model)
     _read_as()[source] = (matrix, gene_column)
     return source
 
@@ -193,9 +267,9 @@ def _read_as() -> WeakKeyDictionary[H5adSource, tuple[str | None, str | None]]:
 def _source(
     path: str, changed: int, model_sha256: str, matrix: str | None, gene_column: str | None, _model: GE2Hist
 ) -> H5adSource:
-    from ge2hist_core.data import open_h5ad
+    from ge2hist_core.data import open_cells
 
-    return open_h5ad(path, _model.scgpt.vocab, matrix=matrix, gene_column=gene_column)
+    return open_cells(path, _model.scgpt.vocab, matrix=matrix, gene_column=gene_column)
 
 
 def get_cells(recipe: Recipe, source: H5adSource) -> Cells:
@@ -397,7 +471,7 @@ def get_real_tiles(model: GE2Hist) -> RealTiles | None:
     return _real_tiles(model.sha256, model)
 
 
-@st.cache_resource(max_entries=1, show_spinner=False)
+@st.cache_resource(max_entries=3, show_spinner=False)
 def _real_tiles(model_sha256: str, _model: GE2Hist) -> RealTiles | None:
     from ge2hist_core.real_tiles import load
 
@@ -471,7 +545,8 @@ def in_use(recipe: Recipe, path: Path) -> None:
 
 def prune() -> None:
     """Remove uploads, signatures and networks unused for ``UPLOAD_DAYS`` days, edits of links after ``LINK_DAYS``."""
-    days = dict.fromkeys(("uploads", "signatures", "networks"), UPLOAD_DAYS) | {"links": LINK_DAYS}
+    days = dict.fromkeys(("uploads", "signatures", "networks", "sections"), UPLOAD_DAYS)
+    days |= dict.fromkeys(("links", "bundles", "opened"), LINK_DAYS)
     for kind in days:
         oldest = time.time() - days[kind] * 86400
         for path in (home() / kind).glob("*"):
@@ -501,19 +576,58 @@ def _blocks(uploaded: Any) -> Iterator[bytes]:
 
 
 def find_data(digits: str, model: GE2Hist) -> Path:
-    """The file whose SHA-256 begins with ``digits``, among the demo cells and what was uploaded.
+    """The cells whose SHA-256 begins with ``digits``, among the demo cells and what was uploaded or opened by path.
 
     Raises
     ------
     BadInput: no such file here.
     """
-    if demo_cells().is_file() and get_source(demo_cells(), model).sha256.startswith(digits):
+    if is_there(demo_cells()) and get_source(demo_cells(), model).sha256.startswith(digits):
         return demo_cells()
+    if (path := recall("opened", digits)) is not None and is_there(path):
+        return path
     if re.fullmatch(r"[0-9a-f]{12,64}", digits):
         for folder in (home() / "uploads").glob(f"{digits}*"):
             for path in folder.glob("[!.]*"):
                 return path
     raise BadInput(f"The cells of this link (data={digits[:12]}) are not here: upload their file first.")
+
+
+# Sections of a store
+
+
+def as_store(source: H5adSource) -> StoreSource | None:
+    """The source where it is a store, whose sections have pictures, else None."""
+    from ge2hist_core.data import StoreSource
+
+    return source if isinstance(source, StoreSource) else None
+
+
+def section_picture(source: StoreSource, donor: str) -> Any:
+    """A section's H&E, small; uint8 ``[h, w, 3]``. Computed once and kept on disk."""
+    from ge2hist_core.section_picture import kept_overview
+
+    name = hashlib.sha256(f"{source.sha256} {donor}".encode()).hexdigest()[:32]
+    path = home() / "sections" / f"{name}.png"
+    if path.is_file():
+        return kept_overview(source.path, donor, path)
+    bar = st.progress(0.0, text="Reading the section's picture, once")
+    found = kept_overview(source.path, donor, path, lambda share: bar.progress(share))
+    bar.empty()
+    return found
+
+
+def real_tile(source: H5adSource, cell_id: str, model: GE2Hist) -> Any:
+    """The real tile of a cell of a store at the model's scale, None where there is none."""
+    from ge2hist_core.section_picture import real_tile as tile
+
+    store = as_store(source)
+    if store is None or store.xy is None or store.donor is None:
+        return None
+    row, config = store.index_of(cell_id), model.config
+    x, y = (float(value) for value in store.xy[row])
+    side_um = config.tile_px * config.um_per_px
+    return tile(store.path, str(store.donor[row]), (x, y), store.um_per_px, side_um, config.tile_px)
 
 
 # The experiment of this tab, and its address
@@ -532,11 +646,11 @@ def open_experiment(model: GE2Hist) -> tuple[Experiment, H5adSource] | None:
             known = _from_query(_whole(query), model)
         except BadInput as error:
             st.session_state["message"] = str(error)
-    if known is not None and not known.path.is_file():
-        st.session_state["message"] = f"{known.path.name} is no longer here: upload it again."
+    if known is not None and not is_there(known.path):
+        st.session_state["message"] = f"{known.path.name} is no longer here: open or upload it again."
         known = None
     if known is None:
-        if not demo_cells().is_file():
+        if not is_there(demo_cells()):
             return None
         known = new_experiment(demo_cells(), model)
     source = get_source(known.path, model, known.recipe.matrix, known.recipe.gene_column)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from pathlib import Path
 
 import streamlit as st
 
@@ -42,8 +43,11 @@ SETTINGS = """
 | environment variable | meaning | default |
 |---|---|---|
 | `GE2HIST_BUNDLE` | folder of the model | `assets/demo_bundle` |
-| `GE2HIST_CELLS` | h5ad that is open at the start | `assets/demo_cells.h5ad` |
+| `GE2HIST_CELLS` | store or h5ad that is open at the start | `assets/demo_cells.h5ad` |
+| `GE2HIST_OPEN` | `0`: nobody may open a path of this computer | `1` |
 | `GE2HIST_HOME` | results, scenarios and uploaded files | `~/.cache/ge2hist` |
+
+`streamlit run app.py -- --bundle DIR --data STORE.zarr` says the first two at the start, before the variables.
 """
 
 LICENCES = """
@@ -53,7 +57,18 @@ trained by this project. Colours: Okabe and Ito, Tol.
 """
 
 
+def _card(folder: Path) -> str:
+    """The bundle's card, or one made of its figures; empty without a bundle."""
+    from ge2hist_core.model_card import model_card
+
+    card = folder / "MODEL_CARD.md"
+    if card.is_file():
+        return card.read_text(encoding="utf-8")
+    return model_card(folder) if (folder / "bundle.json").is_file() else ""
+
+
 def page() -> None:
+    _ui.show_message()
     st.markdown("#### About this digital twin")
     st.markdown(
         "GE2Hist draws the H&E picture of a cell's surroundings from the cell's gene expression. Here you edit genes "
@@ -62,10 +77,9 @@ def page() -> None:
     st.markdown("##### Limits")
     st.markdown(LIMITS)
     folder = _ui.bundle_folder()
-    card = folder / "MODEL_CARD.md"
-    if card.is_file():
+    st.caption(f"The open bundle is {_ui.plain(folder)}.")
+    if text := _card(folder):
         # The card's own headings, two levels down: the page has a title already.
-        text = card.read_text(encoding="utf-8")
         st.markdown(
             re.sub(r"^#+ ", lambda match: "####" + match[0], text, flags=re.MULTILINE).replace("######", "#####")
         )
