@@ -686,6 +686,10 @@ def _label(
         return cell_labels.by_markers(counts, genes, cell_labels.read_markers(settings.markers))
     if settings.celltypist is not None:
         return cell_labels.by_celltypist(counts, genes, settings.celltypist)
+    if settings.clusters is not None:
+        from ge2hist_core.slide_cells import clusters
+
+        return CellLabels(*clusters(counts, settings.clusters))
     return CellLabels(np.full(len(cell_id), UNLABELLED, dtype=object), np.zeros(len(cell_id), dtype=np.float32))
 
 

@@ -11,6 +11,7 @@ from pages._genes import gene_panel
 from pages._map import map_view
 from pages._network import network_panel
 from pages._niche import niche_panel
+from pages._open import open_panel
 from pages._results import results
 from pages._signatures import signature_panel
 
@@ -40,6 +41,7 @@ def page() -> None:
     if opened is None:
         with st.sidebar:
             upload(model)
+            open_panel(model)
         _ui.show_message()
         with st.container(border=True, key="empty-data"):
             st.subheader("No cells yet")
