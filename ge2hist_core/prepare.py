@@ -678,19 +678,26 @@ def _label(
 ) -> CellLabels:  # fmt: skip
     from ge2hist_core import cell_labels
 
-    genes = run.genes.index
     if settings.labels is not None:
         table = cell_labels.read_label_table(settings.labels, settings.label_column)
         return cell_labels.by_table(table, (cell_id, names), bin_cell, run.row, run.column)
+    return _label_by_counts(settings, counts, run.genes.index) or _unlabelled(len(cell_id))
+
+
+def _label_by_counts(settings: Settings, counts: sp.csr_matrix, genes: pd.Index) -> CellLabels | None:
+    """Types by what the cells express, None where the settings ask for none of these ways."""
+    from ge2hist_core import cell_labels
+    from ge2hist_core.slide_cells import clusters
+
     if settings.markers is not None:
         return cell_labels.by_markers(counts, genes, cell_labels.read_markers(settings.markers))
     if settings.celltypist is not None:
         return cell_labels.by_celltypist(counts, genes, settings.celltypist)
-    if settings.clusters is not None:
-        from ge2hist_core.slide_cells import clusters
+    return None if settings.clusters is None else CellLabels(*clusters(counts, settings.clusters))
 
-        return CellLabels(*clusters(counts, settings.clusters))
-    return CellLabels(np.full(len(cell_id), UNLABELLED, dtype=object), np.zeros(len(cell_id), dtype=np.float32))
+
+def _unlabelled(n: int) -> CellLabels:
+    return CellLabels(np.full(n, UNLABELLED, dtype=object), np.zeros(n, dtype=np.float32))
 
 
 def _write_mappings(path: Path, run: SpaceRanger, bin_cell: np.ndarray, cell_id: np.ndarray) -> None:
@@ -896,9 +903,7 @@ def _place(settings: Settings, section: SlideCells, several: bool) -> _Placed:
 def _label_given(settings: Settings, placed: list[_Placed], counts: sp.csr_matrix) -> CellLabels:
     """Types of all kept cells, section after section."""
     from ge2hist_core import cell_labels
-    from ge2hist_core.slide_cells import clusters
 
-    genes = placed[0].cells.genes.index
     cell_id = np.concatenate([p.cell_id for p in placed])
     if settings.labels is not None:
         table = cell_labels.read_label_table(settings.labels, settings.label_column)
@@ -907,12 +912,9 @@ def _label_given(settings: Settings, placed: list[_Placed], counts: sp.csr_matri
         )
         nothing = np.zeros(0, dtype=np.int64)
         return cell_labels.by_table(table, (cell_id, names), nothing, nothing, nothing)
-    if settings.markers is not None:
-        return cell_labels.by_markers(counts, genes, cell_labels.read_markers(settings.markers))
-    if settings.celltypist is not None:
-        return cell_labels.by_celltypist(counts, genes, settings.celltypist)
-    if settings.clusters is not None:
-        return CellLabels(*clusters(counts, settings.clusters))
+    found = _label_by_counts(settings, counts, placed[0].cells.genes.index)
+    if found is not None:
+        return found
     if settings.label_column is not None:
         for p in placed:
             if settings.label_column not in p.cells.obs.columns:
@@ -924,7 +926,7 @@ def _label_given(settings: Settings, placed: list[_Placed], counts: sp.csr_matri
         text = values.astype("string").fillna("").str.strip().to_numpy(dtype=object)
         known = text != ""
         return CellLabels(np.where(known, text, UNLABELLED), known.astype(np.float32))
-    return CellLabels(np.full(len(cell_id), UNLABELLED, dtype=object), np.zeros(len(cell_id), dtype=np.float32))
+    return _unlabelled(len(cell_id))
 
 
 def _records(

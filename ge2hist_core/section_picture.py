@@ -5,13 +5,14 @@ Nothing is held: a section is read strip by strip, a tile from the few chunks th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ge2hist_core.files import atomic_path
+from ge2hist_core.store import section_picture
 from ge2hist_core.types import BadInput, Niche
 
 __all__ = ["OVERVIEW_PX", "kept_overview", "overview", "real_tile", "section_size_um"]
@@ -23,7 +24,7 @@ STRIP_PX = 1024
 
 def section_size_um(store: Path, donor: str, um_per_px: float) -> tuple[float, float]:
     """Width and height of a section, um."""
-    _, height, width = _picture(store, donor).shape
+    _, height, width = section_picture(store, donor).shape
     return width * um_per_px, height * um_per_px
 
 
@@ -44,7 +45,7 @@ def overview(
     ------
     BadInput: the section has no picture, or it is damaged.
     """
-    array = _picture(store, donor)
+    array = section_picture(store, donor)
     _, height, width = array.shape
     k = max(1, -(-max(height, width) // longest))
     out = np.empty((-(-height // k), -(-width // k), 3), dtype=np.uint8)
@@ -88,7 +89,7 @@ def real_tile(
     ------
     BadInput: the section has no picture, or it is damaged.
     """
-    array = _picture(store, donor)
+    array = section_picture(store, donor)
     _, height, width = array.shape
     side = round(side_um / um_per_px)
     # The same pixels as ``TissueStore.tiles`` gives where the scales are equal.
@@ -101,22 +102,6 @@ def real_tile(
 
         tile = np.asarray(Image.fromarray(tile).resize((px, px), Image.Resampling.BOX if side > px else None))
     return Niche(tile, side_um / px)
-
-
-def _picture(store: Path, donor: str) -> Any:
-    """The ``[c, y, x]`` array of a section's picture at full resolution."""
-    import zarr
-
-    folder = store / "images" / f"{donor}_image"
-    try:
-        group = zarr.open_group(folder, mode="r")
-        attributes: Mapping[str, Any] = group.attrs.asdict()
-        levels = attributes.get("ome", attributes)["multiscales"][0]["datasets"]
-        return group[levels[0]["path"]]
-    except Exception as error:  # zarr raises a dozen classes for what is missing or damaged
-        raise BadInput(
-            f"{store.name} lacks the picture of section {donor!r} ({type(error).__name__}): write the store again."
-        ) from error
 
 
 def _window(array: Any, donor: str, left: int, top: int, right: int, bottom: int) -> np.ndarray:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
-__all__ = ["SectionRecord", "TissueStore", "write_store"]
+__all__ = ["SectionRecord", "TissueStore", "section_picture", "write_store"]
 
 SCHEMA = 1
 ATTRS = "ge2hist"
@@ -136,6 +136,27 @@ def write_store(
         sdata.write_consolidated_metadata()
 
 
+def section_picture(store: Path, donor: str) -> Any:
+    """The zarr array ``[c, y, x]`` of a section's picture at full resolution, not yet read.
+
+    Raises
+    ------
+    BadInput: the section has no picture, or it is damaged.
+    """
+    import zarr
+
+    folder = store / "images" / f"{donor}_image"
+    try:
+        group = zarr.open_group(folder, mode="r")
+        attributes: Mapping[str, Any] = group.attrs.asdict()
+        levels = attributes.get("ome", attributes)["multiscales"][0]["datasets"]
+        return group[levels[0]["path"]]
+    except Exception as error:  # zarr raises a dozen classes for what is missing or damaged
+        raise BadInput(
+            f"{store} lacks the picture of section {donor!r} ({type(error).__name__}): write the store again."
+        ) from error
+
+
 class _Pictures:
     """Windows of the sections' pictures, decoded chunk by chunk; several threads may read at once.
 
@@ -153,24 +174,10 @@ class _Pictures:
 
     def __init__(self, path: Path, donors: Sequence[str]) -> None:
         self._path = path
-        self._arrays = {donor: self._open(donor) for donor in donors}
+        self._arrays = {donor: section_picture(path, donor) for donor in donors}
         self._chunks: OrderedDict[tuple[str, int, int], np.ndarray] = OrderedDict()
         self._held = 0
         self._lock = threading.Lock()
-
-    def _open(self, donor: str) -> Any:
-        import zarr
-
-        folder = self._path / "images" / f"{donor}_image"
-        try:
-            group = zarr.open_group(folder, mode="r")
-            attributes: Mapping[str, Any] = group.attrs.asdict()
-            levels = attributes.get("ome", attributes)["multiscales"][0]["datasets"]
-            return group[levels[0]["path"]]
-        except Exception as error:  # zarr raises a dozen classes for what is missing or damaged
-            raise BadInput(
-                f"{self._path} lacks the image of donor {donor!r} ({type(error).__name__}): write the store again."
-            ) from error
 
     def size(self, donor: str) -> tuple[int, int]:
         """Width and height, px."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from ge2hist_core.model import GE2Hist
     from perturb.result import Result
-    from perturb.run import Progress
     from perturb.signatures import Signature
 
 SEEDS = 8
@@ -50,17 +50,9 @@ def dose_panel(result: Result, model: GE2Hist) -> None:
     if table is not None:
         _show(table, signature)
         return
-    if _ui.under_way(key):
-        return
     pictures = 7 * len(recipe.cell_ids) * len(recipe.seeds)
-    st.button(
-        f"Draw seven doses over {len(recipe.seeds)} seeds ({pictures:,} pictures)",
-        type="primary",
-        icon=":material/play_arrow:",
-        key="run doses",
-        on_click=_ui.safely(_submit),
-        args=(key, series, model, source, recipe),
-    )
+    label = f"Draw seven doses over {len(recipe.seeds)} seeds ({pictures:,} pictures)"
+    _ui.offer(key, label, partial(_prepare, series, model, source, recipe), name="run doses")
 
 
 def _at_hand(result: Result, genes: list[str]) -> tuple[dict[str, Signature], list[str]]:
@@ -82,15 +74,11 @@ def _at_hand(result: Result, genes: list[str]) -> tuple[dict[str, Signature], li
     return found, lost
 
 
-def _submit(key: str, series: Any, model: GE2Hist, source: Any, recipe: Any) -> None:
-    cells, network, cache = _ui.get_cells(recipe, source), _ui.network_of(recipe), _ui.get_cache()
+def _prepare(series: Any, model: GE2Hist, source: Any, recipe: Any) -> Callable[..., object]:
+    from perturb.doses import run_doses
 
-    def work(on_progress: Callable[[Progress], None], cancel: Any) -> None:
-        from perturb.doses import run_doses
-
-        run_doses(series, model, cells, cache, network=network, on_progress=on_progress, cancel=cancel)
-
-    _ui.get_worker().submit(key, work, _ui.owner())
+    cells, network = _ui.get_cells(recipe, source), _ui.network_of(recipe)
+    return partial(run_doses, series, model, cells, _ui.get_cache(), network=network)
 
 
 def _show(table: pd.DataFrame, signature: Signature) -> None:

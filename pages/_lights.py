@@ -24,8 +24,6 @@ LOOKS = {
     "grey": ":gray-badge[:material/help: no evidence]",
 }
 MARKS = {True: ":green[:material/check:]", False: ":gray[:material/close:]"}
-CLAIM = "evidence of "
-"""Before a recipe's hash: the job that gathers its evidence."""
 
 
 def evidence_of(result: Result, model: GE2Hist, source: H5adSource) -> tuple[Evidence | None, bool]:
@@ -54,18 +52,15 @@ def _line(verdict: Verdict) -> None:
         st.markdown("  \n".join(lines))
 
 
-def gather_button(result: Result, model: GE2Hist, source: H5adSource, complete: bool) -> bool:
-    """The button that gathers all evidence, or how far that is. True while it is under way."""
-    label = None if complete else "Gather the evidence"
-    return _ui.offer(
-        f"{CLAIM}{result.recipe.hash}",
-        label,
+def gather_button(result: Result, model: GE2Hist, source: H5adSource) -> None:
+    """The button that gathers all evidence, or how far that is."""
+    _ui.offer(
+        f"evidence of {result.recipe.hash}",
+        "Gather the evidence",
         partial(_prepare, result, model, source),
         name="gather evidence",
-        caption=""
-        if complete
-        else "Encodes and draws the cell again, edits random genes, exchanges the states: about "
-        "a minute for one cell. It is kept.",
+        caption="Encodes and draws the cell again, edits random genes, exchanges the states: about a minute for one "
+        "cell. It is kept.",
     )
 
 

@@ -31,7 +31,7 @@ def results(result: Result, model: GE2Hist, source: H5adSource) -> None:
         lights(result, evidence)
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
             if not complete:
-                gather_button(result, model, source, complete)
+                gather_button(result, model, source)
             st.page_link("pages/evidence.py", label="All evidence", icon=":material/fact_check:")
     for warning in result.warnings:
         st.caption(f":material/warning: {_ui.plain(warning)}")

@@ -72,7 +72,8 @@ def _comparison(experiment: Experiment, source: H5adSource, model: GE2Hist) -> N
     _lights(result, evidence)
     if evidence is None:
         return
-    gather_button(result, model, source, complete)
+    if not complete:
+        gather_button(result, model, source)
     st.markdown("##### The evidence, question by question")
     parts(evidence)
 

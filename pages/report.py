@@ -68,7 +68,7 @@ def page() -> None:
     evidence, complete = evidence_of(result, model, source)
     if evidence is not None and not complete:
         st.caption("The report holds the evidence that is at hand. Gather the rest to have it in the report:")
-        gather_button(result, model, source, complete)
+        gather_button(result, model, source)
     result_downloads(result, evidence, lambda: _ui.get_cells(result.recipe, source))
     st.iframe(_ui.report_html(result, evidence), height=900, alt="Preview of the report")
 

@@ -256,7 +256,9 @@ def steps(
 
 def kept(result: Result, cells: Cells, cache: DiskCache) -> tuple[str, ...]:
     """Parts that the cache holds, in order, and ``missing`` where all was gathered: what :func:`at_hand` depends on."""
-    return tuple(name for name in (*KEPT, "missing") if cache.load_json(_key(name, result, cells)) is not None)
+    around = _around(cells)
+    names = (*KEPT, "missing")
+    return tuple(name for name in names if cache.load_json(_key_of(name, result.recipe.hash, around)) is not None)
 
 
 def at_hand(result: Result, model: GE2Hist, cells: Cells, cache: DiskCache) -> tuple[Evidence, bool]:
@@ -292,9 +294,16 @@ def _made(name: str, asked: _Asked) -> Part:
 
 
 def _key(name: str, result: Result, cells: Cells) -> str:
+    return _key_of(name, result.recipe.hash, _around(cells))
+
+
+def _key_of(name: str, recipe_hash: str, around: str) -> str:
     """Of a part in the cache, which keeps each version of the engine apart."""
-    around = hashlib.sha256("\x1f".join([*cells.cell_id, *map(str, cells.genes)]).encode()).hexdigest()
-    return hashlib.sha256(json.dumps(["evidence", name, result.recipe.hash, around]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(["evidence", name, recipe_hash, around]).encode()).hexdigest()
+
+
+def _around(cells: Cells) -> str:
+    return hashlib.sha256("\x1f".join([*cells.cell_id, *map(str, cells.genes)]).encode()).hexdigest()
 
 
 def _finite(table: pd.DataFrame) -> pd.DataFrame:
@@ -653,15 +662,11 @@ def main(args: argparse.Namespace) -> None:
     BadInput: a recipe, bundle or data file that cannot be used, or that do not belong together.
     """
     from perturb.evidence_words import name_of
-    from perturb.networks import network_for
     from perturb.report import write_report
-    from perturb.run import open_recipe, print_progress, run
+    from perturb.run import run_arguments
     from perturb.verdict import verdicts
 
-    recipe, model, cells = open_recipe(args)
-    network = network_for(recipe, args.network, args.recipe)
-    cache = DiskCache(args.cache) if args.cache else None
-    result = run(recipe, model, cells, network=network, cache=cache, on_progress=print_progress())
+    result, model, cells, cache = run_arguments(args)
     evidence = from_arguments(args, result, model, cells, cache)
     for path in write_report(result, args.out, cells, evidence=evidence):
         if path.name.startswith(("report", "evidence")):

@@ -39,6 +39,7 @@ __all__ = [
     "print_progress",
     "replay",
     "run",
+    "run_arguments",
 ]
 
 FRAMES = 24
@@ -333,6 +334,21 @@ def print_progress() -> Callable[[Progress], None]:
     return show
 
 
+def run_arguments(args: argparse.Namespace) -> tuple[Result, GE2Hist, Cells, DiskCache | None]:
+    """The result of the recipe named on the command line, and what it was made with; progress on standard error.
+
+    Raises
+    ------
+    BadInput: a recipe, bundle or data file that cannot be used, or that do not belong together.
+    """
+    from perturb.networks import network_for
+
+    recipe, model, cells = open_recipe(args)
+    network = network_for(recipe, args.network, args.recipe)
+    cache = DiskCache(args.cache) if args.cache else None
+    return run(recipe, model, cells, network=network, cache=cache, on_progress=print_progress()), model, cells, cache
+
+
 def main(args: argparse.Namespace) -> None:
     """Run a recipe and write its report.
 
@@ -341,13 +357,9 @@ def main(args: argparse.Namespace) -> None:
     BadInput: a recipe, bundle or data file that cannot be used, or that do not belong together.
     """
     from perturb.evidence import from_arguments
-    from perturb.networks import network_for
     from perturb.report import write_report
 
-    recipe, model, cells = open_recipe(args)
-    network = network_for(recipe, args.network, args.recipe)
-    cache = DiskCache(args.cache) if args.cache else None
-    result = run(recipe, model, cells, network=network, cache=cache, on_progress=print_progress())
+    result, model, cells, cache = run_arguments(args)
     evidence = from_arguments(args, result, model, cells, cache) if args.evidence else None
     for path in write_report(result, args.out, cells, evidence=evidence):
         print(path)

@@ -230,6 +230,14 @@ def test_resume_takes_up_what_is_unchanged(prepared, tmp_path):
     prepare(replace(settings, overwrite=True))  # as the other tests found it
 
 
+def test_nuclei_of_a_binned_slide_are_labelled_by_clusters_where_asked(prepared):
+    settings, report, _ = prepared
+    found = prepare(replace(settings, clusters=2, resume=True, overwrite=True))["cell_types"]
+    assert set(found) == {"Cluster 1", "Cluster 2"} and sum(found.values()) == report["cells"]
+    assert found["Cluster 1"] >= found["Cluster 2"]
+    prepare(replace(settings, overwrite=True))  # as the other tests found it
+
+
 def test_an_interrupted_segmentation_goes_on_to_the_same_labels(slide, tmp_path, monkeypatch):
     from ge2hist_core import prepare as module
     from ge2hist_core import segmentation
