@@ -21,6 +21,7 @@ COMMANDS = {
     "embed": ("ge2hist_core.embedding", "write scGPT embeddings of an h5ad's cells"),
     "encode": ("ge2hist_core.encoding", "write state, type and support of an h5ad's cells, as a bundle reads them"),
     "train": ("ge2hist_core.training", "train a GE2Hist bundle on a store"),
+    "train-decoder": ("ge2hist_core.decoder_training", "give the pictures of a bundle grain and fine texture"),
     "train-reader": ("ge2hist_core.nuclei_training", "train the nuclei reader of a bundle on a store"),
     "train-rival": ("ge2hist_core.rivals.command", "train one of the paper's competitors on a store"),
     "gates": ("ge2hist_core.gates", "fit the gates that say whether a cell is inside a bundle's data"),

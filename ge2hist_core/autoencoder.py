@@ -5,6 +5,11 @@ convolution runs on more than 32 x 32 positions; that is what makes it cheap on 
 horizontal and vertical differences (keeps nuclear borders), with a little noise on the latents so that the decoder
 tolerates the diffusion model's errors. Latents leave with zero mean and unit variance per channel, as the
 diffusion process expects of its data.
+
+That loss asks for the mean of all pictures that a latent may stand for, and a mean has neither grain nor fine
+chromatin. A decoder trained on by :mod:`ge2hist_core.decoder_training` draws them from noise: ``grain``, as many
+numbers as the picture has pixels. It is one fixed draw for all pictures, so that two arms of an edit have the same
+grain and differ by their latents alone.
 """
 
 from __future__ import annotations
@@ -13,11 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ge2hist_core import rng
 from ge2hist_core.config import ModelConfig
 
 __all__ = ["TileAutoencoder", "autoencoder_loss", "from_uint8", "psnr", "to_uint8"]
 
 _FOLD = 4
+_WIDE_FROM = 6
+"""The decoder's layers from here on work on the grid of the folded picture."""
 
 
 def from_uint8(tiles: np.ndarray | Tensor) -> Tensor:
@@ -50,10 +58,11 @@ class _ResidualBlock(nn.Module):
 
 
 class TileAutoencoder(nn.Module):
-    """Encoder, decoder and the channel statistics of the latents."""
+    """Encoder, decoder and the channel statistics of the latents. With ``config.grain`` the decoder has grain, too."""
 
     latent_mean: Tensor
     latent_std: Tensor
+    grain: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -89,6 +98,24 @@ class TileAutoencoder(nn.Module):
         )
         self.register_buffer("latent_mean", torch.zeros(latent, 1, 1))
         self.register_buffer("latent_std", torch.ones(latent, 1, 1))
+        side = config.tile_px // _FOLD
+        self.register_buffer("grain", rng.normal(0, "grain", (folded, side, side)) if config.grain else None)
+        if config.grain:
+            self.grain_in = nn.Conv2d(folded, wide, 3, padding=1)
+            self.grain_gate = nn.Conv2d(wide, wide, 1)
+            # Without grain at first: a decoder that has learned without it goes on from where it is.
+            nn.init.zeros_(self.grain_gate.weight)
+            nn.init.zeros_(self.grain_gate.bias)
+
+    def picture(self, raw: Tensor, grain: Tensor | None = None) -> Tensor:
+        """Raw latents ``[n, channel, h, w]`` -> pixels ``[n, 3, H, W]``, about [-1, 1].
+
+        ``grain``: ``[n, 48, 2 h, 2 w]`` standard normal in place of the fixed one, as training draws it.
+        """
+        x = self.decoder[:_WIDE_FROM](raw)
+        if self.grain is not None:
+            x = x + self.grain_gate(x) * self.grain_in(self.grain[None] if grain is None else grain)
+        return self.decoder[_WIDE_FROM:](x)
 
     def fit_statistics(self, raw: Tensor) -> None:
         """Take the channel statistics from raw encoder outputs ``[n, channel, h, w]``."""
@@ -98,14 +125,14 @@ class TileAutoencoder(nn.Module):
     @torch.inference_mode()
     def encode(self, tiles: np.ndarray) -> Tensor:
         """uint8 ``[n, tile_px, tile_px, 3]`` -> float32 ``[n, channel, latent_px, latent_px]`` of unit variance."""
-        pixels = from_uint8(tiles).to(self.latent_mean.device)
+        pixels = from_uint8(torch.as_tensor(tiles).to(self.latent_mean.device))  # bytes travel, not floats
         return (self.encoder(pixels) - self.latent_mean) / self.latent_std
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> np.ndarray:
         """float32 ``[n, channel, latent_px, latent_px]`` of unit variance -> uint8 ``[n, tile_px, tile_px, 3]``."""
         raw = (latents * self.latent_std + self.latent_mean).contiguous(memory_format=torch.channels_last)
-        return to_uint8(self.decoder(raw).float().cpu())
+        return to_uint8(self.picture(raw).float().cpu())
 
     def forward(self, pixels: Tensor, noise: Tensor | None = None, noise_level: float = 0.0) -> tuple[Tensor, Tensor]:
         """Training pass: pixels in [-1, 1] -> reconstruction and raw latents.
@@ -116,7 +143,7 @@ class TileAutoencoder(nn.Module):
         noisy = raw
         if noise is not None:
             noisy = raw + noise_level * raw.detach().float().std((0, 2, 3), keepdim=True) * noise
-        return self.decoder(noisy), raw
+        return self.picture(noisy), raw
 
 
 def autoencoder_loss(reconstruction: Tensor, pixels: Tensor) -> dict[str, Tensor]:

@@ -48,7 +48,10 @@ READER_CLASSES = tuple(dict.fromkeys(VISIBLE_CLASS.values()))
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of every trained part. ``d_c + d_e`` is the paper's 64-D z_s."""
+    """Sizes of every trained part. ``d_c + d_e`` is the paper's 64-D z_s.
+
+    ``grain``: the decoder draws fine texture from noise; ``train-decoder`` turns it on.
+    """
 
     embedding_dim: int = 256
     d_c: int = 32
@@ -59,6 +62,7 @@ class ModelConfig:
     latent_px: int = 16
     latent_channels: int = 8
     ae_channels: tuple[int, ...] = (64, 128)
+    grain: bool = False
     unet_channels: tuple[int, ...] = (96, 128, 160)
     layers_per_block: int = 1
     attention_heads: int = 4

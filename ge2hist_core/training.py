@@ -156,7 +156,7 @@ class AutoencoderObjective(Objective):
             std = ((batch["total_square"] - n * mean**2) / (n - 1)).clamp_min(0).sqrt().float()[:, None, None]
         else:
             std = raw.detach().float().std((0, 2, 3), keepdim=True)
-        reconstruction = self.autoencoder.decoder(raw + self.noise_level * std * batch["noise"])
+        reconstruction = self.autoencoder.picture(raw + self.noise_level * std * batch["noise"])
         terms = autoencoder_loss(reconstruction, batch["pixels"])
         # Keeps raw latents near unit scale; too weak to shape them.
         scale = 1e-4 * raw.float().square().mean()
@@ -315,6 +315,7 @@ def fit(
     config: TrainConfig,
     settings: Mapping[str, Any] | None = None,
     deadline: float = float("inf"),
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> Iterator[Record]:
     """Minimise the mean of ``objective`` over each step's batch; yields a record per step.
 
@@ -326,7 +327,7 @@ def fit(
     batch: gives any part of a step's batch; may be called by several threads. size: of the whole, after the name of
         the setting that says so.
     identity: of data and configuration; a checkpoint of another one is refused. settings: what made it, by name.
-    deadline: ``time.monotonic()`` after which the stage pauses with a checkpoint.
+    deadline: ``time.monotonic()`` after which the stage pauses with a checkpoint. betas: Adam's.
 
     Raises
     ------
@@ -338,7 +339,7 @@ def fit(
     settings = dict(settings or {})
     objective.train().requires_grad_(True).to(accelerator.device)
     average = copy.deepcopy(objective).requires_grad_(False)
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=peak_rate, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=peak_rate, betas=betas, weight_decay=1e-4)
     checkpoint, log = work / f"{stage}.pt", _Log(work / f"{stage}.csv")
     start, before, began = 0, 0.0, time.monotonic()
     if checkpoint.exists():
@@ -663,7 +664,7 @@ class Trainer:
         sizes = ("tile_px", "um_per_px", "latent_", "ae_channels")
         settings = {k: v for k, v in to_json(self.config).items() if k not in _FREE}
         settings = {k: v for k, v in settings.items() if k not in _YOUNGER or v != _YOUNGER[k]}
-        network = to_json(model)
+        network = {k: v for k, v in to_json(model).items() if k != "grain" or v}  # younger than the oldest work
         if not encoder_sha256:
             settings = {k: v for k, v in settings.items() if k.startswith(pictures)}
             network = {k: v for k, v in network.items() if k.startswith(sizes)}
@@ -808,10 +809,14 @@ class Trainer:
 
     def _embed(self) -> Iterator[Record]:
         rows = np.sort(np.concatenate(list(self.rows.values())))
-        cells, seed = self.store.cells, self.config.seed
+        cells, seed, encoder = self.store.cells, self.config.seed, self.model.scgpt
+        if self.accelerator.device.type != "cpu":
+            from ge2hist_core.embedding import ScGPT
+
+            encoder = ScGPT.load(self.model.scgpt_folder, str(self.accelerator.device))
 
         def compute(some: Any) -> np.ndarray:
-            return self.model.scgpt.embed(some, seed, on_empty="nan")
+            return encoder.embed(some, seed, on_empty="nan")
 
         shape = (len(rows), self.model.scgpt.dim)
         yield from self._fill("embeddings", shape, "float32", 512, lambda part: cells.take(rows[part]), compute)
@@ -1068,15 +1073,16 @@ def main(args: argparse.Namespace) -> None:
     if (args.out / ".work").exists() and not args.resume:
         raise BadInput(f"{args.out} holds the work of another run: go on with --resume, or choose another --out.")
     store = TissueStore(args.data, preset.model.tile_px)
+    start = None if args.start_from is None else GE2Hist.load(args.start_from)
     model = replace(
         preset.model,
+        grain=preset.model.grain if start is None else start.config.grain,
         embedding_dim=ScGPT.load(args.scgpt).dim,
         um_per_px=store.um_per_px,
         cell_types=CELL_TYPES if set(store.cell_types) <= set(CELL_TYPES) else store.cell_types,
     )
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores)))
-    start = None if args.start_from is None else GE2Hist.load(args.start_from)
     trainer = Trainer(store, args.scgpt, args.out, model, preset.train, start=start)
     main_process = trainer.accelerator.is_main_process
     writer = _writer(args.out) if args.tensorboard and main_process else None

@@ -200,7 +200,7 @@ class Chain:
             if on_step is not None:
                 on_step()
         part = self.model.autoencoder
-        return part.decoder(x * part.latent_std + part.latent_mean).clamp(-1.0, 1.0)
+        return part.picture(x * part.latent_std + part.latent_mean).clamp(-1.0, 1.0)
 
     def read(self, pixels: Tensor) -> Tensor:
         """Pixels ``[n, 3, H, W]`` -> smooth readout ``[n]``."""
