@@ -56,15 +56,14 @@ class BetaVAE(nn.Module):
         self.register_buffer("mean", torch.zeros(n_genes))
         self.register_buffer("std", torch.ones(n_genes))
 
-    def fit_standardisation(self, counts: sp.csr_matrix) -> None:
-        """Take mean and standard deviation of each gene from training counts ``[cell, gene]``."""
-        values = log_normalised(counts)
+    def fit_standardisation(self, values: Tensor) -> None:
+        """Take mean and standard deviation of each gene from :func:`log_normalised` training cells ``[cell, gene]``."""
         self.mean.copy_(values.mean(0))
         self.std.copy_(values.std(0).clamp_min(1e-3))
 
-    def standardise(self, counts: sp.csr_matrix) -> Tensor:
-        """Raw counts ``[cell, gene]`` -> log counts per 10,000, 0 +- 1 over training cells."""
-        return (log_normalised(counts) - self.mean) / self.std
+    def standardise(self, values: Tensor) -> Tensor:
+        """:func:`log_normalised` counts ``[cell, gene]`` -> 0 +- 1 over training cells."""
+        return (values - self.mean) / self.std
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Standardised expression ``[cell, gene]`` -> mean and log variance of q(z|x), ``[cell, dim]``."""
@@ -117,10 +116,14 @@ class ExpressionRival(Rival):
         """Fresh networks of the picture; ``dim`` is the latent's size."""
 
     @abstractmethod
+    def _batch_pictures(self, step: int, tiles: TrainingTiles) -> dict[str, Tensor]:
+        """What a step of the picture's networks needs; ``step`` counts from the end of the beta-VAE's training."""
+
+    @abstractmethod
     def _update_pictures(
-        self, step: int, tiles: TrainingTiles, optimizers: Mapping[str, torch.optim.Optimizer]
-    ) -> dict[str, float]:
-        """One step of the picture's networks; ``step`` counts from the end of the beta-VAE's training."""
+        self, step: int, batch: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer]
+    ) -> dict[str, Tensor]:
+        """One step of the picture's networks."""
 
     @property
     def vae(self) -> BetaVAE:
@@ -132,10 +135,11 @@ class ExpressionRival(Rival):
         return torch.optim.Adam(self.vae.parameters(), lr=self.config.vae_learning_rate)
 
     def _fit_statistics(self, tiles: TrainingTiles) -> None:
-        self.vae.fit_standardisation(tiles.counts(self._some(tiles)))
+        self.vae.fit_standardisation(self._some(tiles))
 
-    def _some(self, tiles: TrainingTiles) -> np.ndarray:
-        return rng.stream(self.seed, "beta-VAE statistics").permutation(tiles.rows)[:STATISTICS_CELLS]
+    def _some(self, tiles: TrainingTiles) -> Tensor:
+        rows = rng.stream(self.seed, "beta-VAE statistics").permutation(tiles.rows)[:STATISTICS_CELLS]
+        return log_normalised(tiles.counts(rows))
 
     def _first_step_alike(self, step: int) -> int:
         # The very first step of the picture's networks also fits the latent's statistics.
@@ -144,34 +148,38 @@ class ExpressionRival(Rival):
     def _decay(self, step: int) -> float:
         return super()._decay(max(0, step - self.config.vae_steps))
 
+    def _batch(self, step: int, tiles: TrainingTiles) -> dict[str, Tensor]:
+        c, n = self.config, self.config.vae_batch
+        if step >= c.vae_steps:
+            some = {"some": self._some(tiles)} if step == c.vae_steps else {}
+            return self._batch_pictures(step - c.vae_steps, tiles) | some
+        values = log_normalised(tiles.counts(tiles.choose("beta-VAE cells", step, n)))
+        keep = rng.stream(self.seed, "beta-VAE dropout", step).random(tuple(values.shape)) < 0.5
+        eps = rng.normal(self.seed, "beta-VAE eps", (n, self.vae.dim), step)
+        return {"values": values, "keep": torch.from_numpy(keep), "eps": eps}
+
     def _update(
-        self, step: int, tiles: TrainingTiles, optimizers: Mapping[str, torch.optim.Optimizer]
-    ) -> dict[str, float]:
+        self, step: int, batch: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer]
+    ) -> dict[str, Tensor]:
         if step < self.config.vae_steps:
-            return self._update_vae(step, tiles, optimizers["vae"])
+            terms = self.vae.terms(self.vae.standardise(batch["values"]), batch["keep"], batch["eps"])
+            descend(optimizers["vae"], terms["rec"] + self.config.beta * terms["kl"])
+            return terms
         self.vae.eval()
         if step == self.config.vae_steps:
-            self._fit_latent(tiles)
-        return self._update_pictures(step - self.config.vae_steps, tiles, optimizers)
-
-    def _update_vae(self, step: int, tiles: TrainingTiles, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        n = self.config.vae_batch
-        x = self.vae.standardise(tiles.counts(tiles.choose("beta-VAE cells", step, n)))
-        keep = torch.from_numpy(rng.stream(self.seed, "beta-VAE dropout", step).random(tuple(x.shape)) < 0.5)
-        terms = self.vae.terms(x, keep, rng.normal(self.seed, "beta-VAE eps", (n, self.vae.dim), step))
-        loss = terms["rec"] + self.config.beta * terms["kl"]
-        descend(optimizer, loss)
-        return {name: value.item() for name, value in terms.items()}
+            self._fit_latent(batch["some"])
+        return self._update_pictures(step - self.config.vae_steps, batch, optimizers)
 
     @torch.no_grad()
-    def _fit_latent(self, tiles: TrainingTiles) -> None:
-        mu = self.vae.encode(self.vae.standardise(tiles.counts(self._some(tiles))))[0]
+    def _fit_latent(self, values: Tensor) -> None:
+        mu = self.vae.encode(self.vae.standardise(values))[0]
         self.vae.get_buffer("latent_mean").copy_(mu.mean(0))
         self.vae.get_buffer("latent_variance").copy_(mu.var(0, unbiased=False))
 
     @torch.no_grad()
-    def condition(self, counts: sp.csr_matrix) -> Tensor:
-        """Raw counts ``[n, gene]`` -> mean of q(z|x), ``[n, dim]``."""
+    def condition(self, values: Tensor) -> Tensor:
+        """:func:`log_normalised` counts ``[n, gene]`` -> mean of q(z|x), ``[n, dim]``."""
         vae = self.vae.eval()
-        # Cell by cell: in a small matrix product a row's rounding depends on its place.
-        return torch.cat([vae.encode(x[None])[0] for x in vae.standardise(counts)])
+        # Cell by cell where pictures are drawn: in a small matrix product a row's rounding depends on its place.
+        size = 1 if values.device.type == "cpu" else len(values)
+        return torch.cat([vae.encode(x)[0] for x in vae.standardise(values).split(size)])

@@ -2,16 +2,21 @@
 
 Same picture in any batch, as in :mod:`ge2hist_core.model`: all noise of a picture comes from its own seed, and networks
 always see ``CHUNK`` pictures, the last chunk padded with copies.
+
+All random numbers are drawn on the CPU, before a step and apart from it, so that threads can prepare the next steps and
+so that a GPU sees the numbers that the CPU sees. Pictures are always drawn on the CPU.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +29,7 @@ from ge2hist_core import rng
 from ge2hist_core.autoencoder import from_uint8, to_uint8
 from ge2hist_core.config import from_json, to_json
 from ge2hist_core.files import atomic_path, write_json
+from ge2hist_core.loader import ahead
 from ge2hist_core.types import BadInput, Cells
 
 if TYPE_CHECKING:
@@ -33,20 +39,24 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHUNK",
+    "DEVICES",
     "Budget",
     "Progress",
     "Rival",
     "TrainingTiles",
     "count_macs",
     "descend",
+    "device_called",
     "gradient_penalty",
     "limited_rows",
+    "pixels_of",
     "read_header",
     "wasserstein_step",
 ]
 
 SCHEMA = 1
 CHUNK = 4
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -56,24 +66,25 @@ class Budget:
     Parameters
     ----------
     macs: multiply-accumulates of the training steps. cpu_seconds: their CPU time, summed over cores.
-    steps: number of training steps.
+    steps: number of training steps. seconds: their time by the clock.
     """
 
     macs: float | None = None
     cpu_seconds: float | None = None
     steps: int | None = None
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
-        limits = {name: getattr(self, name) for name in ("macs", "cpu_seconds", "steps")}
+        limits = {name: getattr(self, name) for name in ("macs", "cpu_seconds", "steps", "seconds")}
         if all(value is None for value in limits.values()):
-            raise BadInput("The budget has no limit: give multiply-accumulates, CPU seconds or steps.")
+            raise BadInput("The budget has no limit: give multiply-accumulates, CPU seconds, seconds or steps.")
         for name, value in limits.items():
             if value is not None and not value > 0:
                 raise BadInput(f"The budget's {name} is {value!r}: give a number above 0.")
 
-    def spent(self, macs: float, cpu_seconds: float, steps: int) -> float:
+    def spent(self, macs: float, cpu_seconds: float, steps: int, seconds: float) -> float:
         """Share of the budget that is used, 1 when it is spent."""
-        pairs = ((macs, self.macs), (cpu_seconds, self.cpu_seconds), (steps, self.steps))
+        pairs = ((macs, self.macs), (cpu_seconds, self.cpu_seconds), (steps, self.steps), (seconds, self.seconds))
         return max(used / limit for used, limit in pairs if limit is not None)
 
 
@@ -108,19 +119,36 @@ class TrainingTiles:
         """``[n]`` rows of the store, with replacement."""
         return self.rows[rng.stream(self.seed, name, step).integers(len(self.rows), size=n)]
 
-    def pixels(self, chosen: np.ndarray, name: str, step: int) -> Tensor:
-        """``[n, 3, H, W]`` in [-1, 1]."""
+    def pictures(self, chosen: np.ndarray, name: str, step: int) -> Tensor:
+        """uint8 ``[n, H, W, 3]``; :func:`pixels_of` makes numbers of them where they are used."""
         elements = rng.stream(self.seed, f"{name} rotation", step).integers(8, size=len(chosen))
-        tiles = from_uint8(self.store.tiles(chosen))
-        turned = [
-            torch.rot90(tile.flip(2) if element >= 4 else tile, int(element) % 4, (1, 2))
-            for tile, element in zip(tiles, elements, strict=True)
-        ]
-        return torch.stack(turned)
+        tiles = self.store.tiles(chosen)
+        for i, element in enumerate(elements):
+            tiles[i] = np.rot90(tiles[i, :, ::-1] if element >= 4 else tiles[i], element % 4).copy()
+        return torch.from_numpy(tiles)
 
     def counts(self, chosen: np.ndarray) -> sp.csr_matrix:
         """``[n, gene]`` raw counts."""
         return self.store.cells.counts[chosen]
+
+
+def pixels_of(pictures: Tensor) -> Tensor:
+    """uint8 ``[n, H, W, 3]`` -> float32 ``[n, 3, H, W]`` in [-1, 1], on the same device."""
+    return from_uint8(pictures).contiguous()
+
+
+def device_called(name: str) -> torch.device:
+    """``cpu``, ``cuda``, or ``auto`` for a GPU where PyTorch finds one.
+
+    Raises
+    ------
+    BadInput: ``cuda`` where PyTorch finds none, or another name.
+    """
+    if name not in DEVICES:
+        raise BadInput(f"The device is {name!r}: choose one of {', '.join(DEVICES)}.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("PyTorch finds no GPU here: choose the device auto or cpu, or install PyTorch with CUDA.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def limited_rows(store: TissueStore, donors: Iterable[str], cells_per_donor: int, seed: int) -> np.ndarray:
@@ -161,7 +189,7 @@ def wasserstein_step(
     *,
     penalty: float,
     drift: float = 0.0,
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """One step of ``critic`` and one of ``generator`` (WGAN-GP, Gulrajani et al. 2017, arXiv:1704.00028).
 
     Parameters
@@ -173,7 +201,7 @@ def wasserstein_step(
 
     Returns
     -------
-    Terms of the losses.
+    Terms of the losses, each one number.
     """
     critic.requires_grad_(True)
     score_real, score_fake = critic(real), critic(fake)
@@ -184,12 +212,8 @@ def wasserstein_step(
     loss_generator = -critic(fresh()).mean()
     descend(optimizers["generator"], loss_generator)
     critic.requires_grad_(True)
-    return {
-        "critic": loss.item(),
-        "distance": (score_real.mean() - score_fake.mean()).item(),
-        "penalty": held.item(),
-        "generator": loss_generator.item(),
-    }
+    distance = score_real.mean() - score_fake.mean()
+    return {"critic": loss, "distance": distance, "penalty": held, "generator": loss_generator}
 
 
 def count_macs(run: Callable[[], object]) -> int:
@@ -253,10 +277,17 @@ class Rival(ABC):
         """Adam optimisers by name, over the parameters of ``self.nets``."""
 
     @abstractmethod
+    def _batch(self, step: int, tiles: TrainingTiles) -> dict[str, Tensor]:
+        """What a training step (from 0) reads and draws, on the CPU; every draw from a stream named by the step.
+
+        It may run in a thread, some steps ahead of the weights, which it must not read.
+        """
+
+    @abstractmethod
     def _update(
-        self, step: int, tiles: TrainingTiles, optimizers: Mapping[str, torch.optim.Optimizer]
-    ) -> dict[str, float]:
-        """One training step (from 0) in place; losses by name. Every draw comes from a stream named by the step."""
+        self, step: int, batch: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer]
+    ) -> dict[str, Tensor]:
+        """One training step in place, on the device of the networks and the batch; losses by name, a number each."""
 
     @abstractmethod
     def _draw(self, counts: sp.csr_matrix | None, seeds: Sequence[int]) -> Tensor:
@@ -326,25 +357,35 @@ class Rival(ABC):
         out: str | Path,
         resume: bool = False,
         config: Any = None,
+        device: str = "cpu",
+        workers: int = 0,
     ) -> Iterator[Progress]:
         """Train on the tiles of ``rows``; yields after each step, and writes the rival to ``out`` at the end.
 
         The state after step k depends on neither the budget nor on how often the run was stopped and resumed (same
-        machine, same number of threads): learning rates do not depend on the budget.
+        machine, same number of threads): learning rates do not depend on the budget. On a GPU this holds up to
+        rounding, since some of its sums have no fixed order; matrix products and convolutions there take inputs
+        rounded to TF32 (10 bits of fraction) and add in float32, for the whole process.
 
         Parameters
         ----------
         store: the tissue. rows: training cells with whole tiles. budget: over all runs.
         out: folder of the rival; its checkpoint is ``out/.work``. resume: go on from there.
         config: an instance of ``cls.Config``; its defaults if None.
+        device: as in :func:`device_called`; a run may go on on another device.
+        workers: threads that prepare the next steps; 0: each step is prepared when it is due.
 
         Raises
         ------
-        BadInput: no cells, a tile size that the store does not have, or a checkpoint of another run.
+        BadInput: no cells, a tile size that the store does not have, a checkpoint of another run, no such device, or
+            fewer than 0 workers.
         """
         out, rows = Path(out), np.asarray(rows, dtype=np.int64)
         if not len(rows):
             raise BadInput("There is no cell to train on: give rows of cells with whole tiles.")
+        if workers < 0:
+            raise BadInput(f"The number of workers is {workers}: give 0 or more.")
+        place = device_called(device)
         config = cls.Config() if config is None else config
         side = store.tiles(rows[:1]).shape[1]
         if config.tile_px != side:
@@ -353,9 +394,25 @@ class Rival(ABC):
         if work.exists() and not resume:
             raise BadInput(f"{out} holds the work of another run: go on with --resume, or choose another --out.")
         rival = cls(config, [str(gene) for gene in store.cells.genes], seed)
-        return rival._run(TrainingTiles(store, rows, seed), budget, out, work)
+        return rival._run(TrainingTiles(store, rows, seed), budget, out, work, place, workers)
 
-    def _run(self, tiles: TrainingTiles, budget: Budget, out: Path, work: Path) -> Iterator[Progress]:
+    def _run(
+        self, tiles: TrainingTiles, budget: Budget, out: Path, work: Path, device: torch.device, workers: int
+    ) -> Iterator[Progress]:
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.allow_tf32 = True
+        self.nets.to(device)
+        self.average.to(device)
+
+        def prepare(step: int) -> dict[str, Tensor]:
+            batch = self._batch(step, tiles)
+            return {name: value.pin_memory() for name, value in batch.items()} if on_gpu else batch
+
+        def sent(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
         identity = self._identity(tiles)
         optimizers = self._optimizers()
         step, macs, cpu_seconds, seconds, terms = 0, 0, 0.0, 0.0, {}
@@ -367,23 +424,29 @@ class Rival(ABC):
             terms = json.loads(read["terms"])
         else:
             self._fit_statistics(tiles)
-        while budget.spent(macs, cpu_seconds, step) < 1:
-            alike = self._first_step_alike(step)
-            if alike not in cost:
-                cost[alike] = self._cost(alike, tiles)
-            began = time.process_time(), time.monotonic()
-            self.nets.train()
-            terms = self._update(step, tiles, optimizers)
-            for name in self.averaged:
-                _follow(self.average[name], self.nets[name], self._decay(step))
-            step, macs = step + 1, macs + cost[alike]
-            cpu_seconds += time.process_time() - began[0]
-            seconds += time.monotonic() - began[1]
-            spent = budget.spent(macs, cpu_seconds, step)
-            if spent >= 1 or step % self.config.checkpoint_every == 0:
-                meta = {"identity": identity, "step": step, "macs": macs, "terms": json.dumps(terms)}
-                self._write_state(work, optimizers, {**meta, "cpu_seconds": cpu_seconds, "seconds": seconds})
-            yield Progress(step, spent, macs, cpu_seconds, terms)
+        with closing(ahead(prepare, itertools.count(step), workers)) as batches:
+            while budget.spent(macs, cpu_seconds, step, seconds) < 1:
+                alike = self._first_step_alike(step)
+                if alike not in cost:
+                    cost[alike] = self._cost(alike, sent(prepare(alike)))
+                began = time.process_time(), time.monotonic()
+                self.nets.train()
+                losses = self._update(step, sent(next(batches)), optimizers)
+                for name in self.averaged:
+                    _follow(self.average[name], self.nets[name], self._decay(step))
+                # Reading the losses waits for the GPU: once a step, and the clock then counts its work.
+                values = torch.stack([value.detach() for value in losses.values()]).tolist()
+                terms = dict(zip(losses, values, strict=True))
+                step, macs = step + 1, macs + cost[alike]
+                cpu_seconds += time.process_time() - began[0]
+                seconds += time.monotonic() - began[1]
+                spent = budget.spent(macs, cpu_seconds, step, seconds)
+                if spent >= 1 or step % self.config.checkpoint_every == 0:
+                    meta = {"identity": identity, "step": step, "macs": macs, "terms": json.dumps(terms)}
+                    self._write_state(work, optimizers, {**meta, "cpu_seconds": cpu_seconds, "seconds": seconds})
+                yield Progress(step, spent, macs, cpu_seconds, terms)
+        self.nets.cpu()
+        self.average.cpu()
         donor = tiles.store.cells.donor
         assert donor is not None
         self.report = {
@@ -396,17 +459,19 @@ class Rival(ABC):
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
             "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+            "batch_size": self.config.batch_size,
             "terms": terms,
             "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in self.nets.items()},
         }
         self.save(out)
 
-    def _cost(self, step: int, tiles: TrainingTiles) -> int:
+    def _cost(self, step: int, batch: Mapping[str, Tensor]) -> int:
         """Multiply-accumulates of a training step, taken on a copy."""
         probe = copy.deepcopy(self)
         optimizers = probe._optimizers()
         probe.nets.train()
-        return count_macs(lambda: probe._update(step, tiles, optimizers))
+        return count_macs(lambda: probe._update(step, batch, optimizers))
 
     def _identity(self, tiles: TrainingTiles) -> str:
         """Of what decides the result, the budget apart."""
@@ -427,7 +492,7 @@ class Rival(ABC):
                 tensors |= {f"optimizer.{name}.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
         with atomic_path(path) as temporary:
             save_file(
-                {k: v.detach().contiguous() for k, v in tensors.items()},
+                {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
                 temporary,
                 metadata={k: str(v) for k, v in meta.items()},
             )

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,8 +37,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ge2hist_core import rng
 from ge2hist_core.config import TILE_PX, SampleConfig
-from ge2hist_core.rivals.beta_vae import ExpressionRival
-from ge2hist_core.rivals.common import TrainingTiles
+from ge2hist_core.rivals.beta_vae import ExpressionRival, log_normalised
+from ge2hist_core.rivals.common import TrainingTiles, pixels_of
 from ge2hist_core.sampler import alphas_cumprod, sample
 from ge2hist_core.types import BadInput
 
@@ -147,10 +148,11 @@ class Stage(nn.Module):
         if drop is not None:
             tokens = torch.where(drop[:, None, None], self.null_tokens, tokens)
             vector = torch.where(drop[:, None], self.null_vector, vector)
-        level = torch.zeros(len(z)) if blur is None else blur
+        level = z.new_zeros(len(z)) if blur is None else blur
         vector = torch.cat([vector, level[:, None]], dim=1)
         x = x_t if low is None else torch.cat([x_t, low], dim=1)
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward pass is slow on short sequences
+        # On a CPU the fused kernel's backward pass is slow on short sequences.
+        with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():
             return self.unet(x, t, encoder_hidden_states=tokens, class_labels=vector, return_dict=False)[0]
 
 
@@ -174,21 +176,40 @@ class RNACDM(ExpressionRival):
         adam = {k: torch.optim.AdamW(self.nets[k].parameters(), lr=rate, weight_decay=1e-4) for k in self.averaged}
         return {"vae": self._vae_optimizer(), **adam}
 
-    def _latent(self, counts: sp.csr_matrix) -> Tensor:
+    def _latent(self, values: Tensor) -> Tensor:
         mean, variance = self.vae.get_buffer("latent_mean"), self.vae.get_buffer("latent_variance")
-        return (self.condition(counts) - mean) / (variance + 0.01).sqrt()
+        return (self.condition(values) - mean) / (variance + 0.01).sqrt()
+
+    def _batch_pictures(self, step: int, tiles: TrainingTiles) -> dict[str, Tensor]:
+        c, n, side = self.config, self.config.batch_size, self.config.tile_px // FACTOR
+        chosen, draw = tiles.choose("rna-cdm cells", step, n), rng.stream(self.seed, "rna-cdm blur", step)
+        batch = {
+            "pictures": tiles.pictures(chosen, "rna-cdm", step),
+            "values": log_normalised(tiles.counts(chosen)),
+            "blur": torch.from_numpy(c.blur * draw.random(n)).float(),
+            "blur noise": rng.normal(self.seed, "rna-cdm blur", (n, 3, side, side), step),
+        }
+        shapes = {
+            "base": (n, 3 * BASE_FOLD**2, side // BASE_FOLD, side // BASE_FOLD),
+            "super": (n, 3 * FACTOR**2, side, side),
+        }
+        bar = torch.tensor(alphas_cumprod(T))
+        for name, shape in shapes.items():
+            draw = rng.stream(self.seed, "rna-cdm diffusion", name, step)
+            # Times stratified over the batch, as in GE2Hist's training.
+            t = torch.from_numpy(((np.arange(n) + draw.random(n)) / n * T).astype(np.int64).clip(max=T - 1))
+            batch[f"{name} t"], batch[f"{name} bar"] = t, bar[t]
+            batch[f"{name} noise"] = torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
+            batch[f"{name} drop"] = torch.from_numpy(draw.random(n) < c.condition_dropout)
+        return batch
 
     def _update_pictures(
-        self, step: int, tiles: TrainingTiles, optimizers: Mapping[str, torch.optim.Optimizer]
-    ) -> dict[str, float]:
-        c, n = self.config, self.config.batch_size
-        chosen = tiles.choose("rna-cdm cells", step, n)
-        pixels, z = tiles.pixels(chosen, "rna-cdm", step), self._latent(tiles.counts(chosen))
+        self, step: int, batch: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer]
+    ) -> dict[str, Tensor]:
+        c, pixels, z, blur = self.config, pixels_of(batch["pictures"]), self._latent(batch["values"]), batch["blur"]
         small = F.avg_pool2d(pixels, FACTOR)
-        draw = rng.stream(self.seed, "rna-cdm blur", step)
-        blur = torch.from_numpy(c.blur * draw.random(n)).float()
         # The noise of the base model's own diffusion, at the level where its sigma is `blur`.
-        low = _blurred(small, blur, rng.normal(self.seed, "rna-cdm blur", tuple(small.shape), step))
+        low = _blurred(small, blur, batch["blur noise"])
         given = {
             "base": (F.pixel_unshuffle(small, BASE_FOLD), None, None),
             "super": (F.pixel_unshuffle(pixels, FACTOR), low, blur),
@@ -197,30 +218,20 @@ class RNACDM(ExpressionRival):
         for name, (x_0, beside, level) in given.items():
             for group in optimizers[name].param_groups:
                 group["lr"] = c.learning_rate * min(1.0, (step + 1) / max(1, c.warmup_steps))
-            loss = self._diffusion_loss(name, step, x_0, z, beside, level)
+            t, bar, noise, drop = (batch[f"{name} {what}"] for what in ("t", "bar", "noise", "drop"))
+            alpha, sigma = bar[:, None, None, None].sqrt(), (1 - bar)[:, None, None, None].sqrt()
+            v = self.nets[name](alpha * x_0 + sigma * noise, t, z, beside, level, drop)
+            loss = F.mse_loss(v, alpha * noise - sigma * x_0)
             optimizers[name].zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.nets[name].parameters(), 1.0)
             optimizers[name].step()
-            terms[name] = loss.item()
+            terms[name] = loss
         return terms
-
-    def _diffusion_loss(
-        self, name: str, step: int, x_0: Tensor, z: Tensor, low: Tensor | None, blur: Tensor | None
-    ) -> Tensor:
-        """Mean squared error of v, times stratified over the batch as in GE2Hist's training."""
-        draw, n = rng.stream(self.seed, "rna-cdm diffusion", name, step), len(x_0)
-        t = torch.from_numpy(((np.arange(n) + draw.random(n)) / n * T).astype(np.int64).clip(max=T - 1))
-        noise = torch.from_numpy(draw.standard_normal(tuple(x_0.shape), dtype=np.float32))
-        drop = torch.from_numpy(draw.random(n) < self.config.condition_dropout)
-        bar = torch.tensor(alphas_cumprod(T))[t][:, None, None, None]
-        alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
-        v = self.nets[name](alpha * x_0 + sigma * noise, t, z, low, blur, drop)
-        return F.mse_loss(v, alpha * noise - sigma * x_0)
 
     def _draw(self, counts: sp.csr_matrix | None, seeds: Sequence[int]) -> Tensor:
         assert counts is not None
-        z, config = self._latent(counts), SampleConfig("dpm++", self.config.steps)
+        z, config = self._latent(log_normalised(counts)), SampleConfig("dpm++", self.config.steps)
         small_px = self.config.tile_px // FACTOR
 
         def draw(name: str, *size: int) -> Tensor:

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 from ge2hist_core import rng
 from ge2hist_core.config import TILE_PX
-from ge2hist_core.rivals.beta_vae import ExpressionRival
-from ge2hist_core.rivals.common import TrainingTiles, wasserstein_step
+from ge2hist_core.rivals.beta_vae import ExpressionRival, log_normalised
+from ge2hist_core.rivals.common import TrainingTiles, pixels_of, wasserstein_step
 from ge2hist_core.types import BadInput
 
 if TYPE_CHECKING:
@@ -150,29 +150,44 @@ class RNAGAN(ExpressionRival):
         adam = {k: torch.optim.Adam(self.nets[k].parameters(), lr=r, betas=(0.5, 0.999)) for k, r in rates.items()}
         return {"vae": self._vae_optimizer(), **adam}
 
-    def _input(self, counts: sp.csr_matrix, uniform: np.ndarray) -> Tensor:
-        """Latent and noise ``uniform [n, dim]`` in [0, 1), standardised together."""
-        noise = torch.from_numpy(NOISE * (2.0 * uniform - 1.0)).float()
+    def _input(self, latent: Tensor, noise: Tensor) -> Tensor:
+        """Latent and noise, both ``[n, dim]``, standardised together."""
         mean, variance = self.vae.get_buffer("latent_mean"), self.vae.get_buffer("latent_variance")
-        return (self.condition(counts) + noise - mean) / (variance + NOISE**2 / 3.0).sqrt()
+        return (latent + noise - mean) / (variance + NOISE**2 / 3.0).sqrt()
+
+    def _batch_pictures(self, step: int, tiles: TrainingTiles) -> dict[str, Tensor]:
+        n = self.config.batch_size
+        chosen, draw = tiles.choose("rna-gan cells", step, n), rng.stream(self.seed, "rna-gan noise", step)
+        return {
+            "pictures": tiles.pictures(chosen, "rna-gan", step),
+            "values": log_normalised(tiles.counts(chosen)),
+            "critic noise": _noise(draw.random((n, self.vae.dim))),
+            "mix": torch.from_numpy(draw.random(max(1, n // 2))).float(),
+            "generator noise": _noise(draw.random((n, self.vae.dim))),
+        }
 
     def _update_pictures(
-        self, step: int, tiles: TrainingTiles, optimizers: Mapping[str, torch.optim.Optimizer]
-    ) -> dict[str, float]:
-        generator, critic, n = self.nets["generator"], self.nets["critic"], self.config.batch_size
-        chosen = tiles.choose("rna-gan cells", step, n)
-        real, counts = tiles.pixels(chosen, "rna-gan", step), tiles.counts(chosen)
-        draw = rng.stream(self.seed, "rna-gan noise", step)
+        self, step: int, batch: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer]
+    ) -> dict[str, Tensor]:
+        generator, critic, latent = self.nets["generator"], self.nets["critic"], self.condition(batch["values"])
 
-        def fake() -> Tensor:
-            return generator(self._input(counts, draw.random((n, self.vae.dim))))
+        def drawn(whose: str) -> Tensor:
+            return generator(self._input(latent, batch[f"{whose} noise"]))
 
         with torch.no_grad():
-            drawn = fake()
-        mix = torch.from_numpy(draw.random(max(1, n // 2))).float()
-        return wasserstein_step(critic, optimizers, real, drawn, fake, mix, penalty=self.config.penalty)
+            fake = drawn("critic")
+        return wasserstein_step(
+            critic, optimizers, pixels_of(batch["pictures"]), fake, lambda: drawn("generator"), batch["mix"],
+            penalty=self.config.penalty,
+        )  # fmt: skip
 
     def _draw(self, counts: sp.csr_matrix | None, seeds: Sequence[int]) -> Tensor:
         assert counts is not None
         uniform = np.stack([rng.stream(seed, "rna-gan draw").random(self.vae.dim) for seed in seeds])
-        return self.net("generator")(self._input(counts, uniform))
+        latent = self.condition(log_normalised(counts))
+        return self.net("generator")(self._input(latent, _noise(uniform)))
+
+
+def _noise(uniform: np.ndarray) -> Tensor:
+    """Numbers in [0, 1) -> float32 in [-``NOISE``, ``NOISE``)."""
+    return torch.from_numpy(NOISE * (2.0 * uniform - 1.0)).float()

@@ -37,13 +37,13 @@ from torch.nn import functional as F
 
 from ge2hist_core import rng
 from ge2hist_core.config import TILE_PX
-from ge2hist_core.rivals.common import Rival, TrainingTiles, wasserstein_step
+from ge2hist_core.rivals.common import Rival, TrainingTiles, pixels_of, wasserstein_step
 from ge2hist_core.types import BadInput
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
 
-__all__ = ["TransGAN", "TransGANConfig", "augment"]
+__all__ = ["TransGAN", "TransGANConfig", "augment", "augmentation"]
 
 BOTTOM = 8
 PATCH = 2
@@ -230,29 +230,43 @@ def _small(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def augment(pixels: Tensor, draw: np.random.Generator) -> Tensor:
-    """Differentiable augmentation of ``[n, 3, H, W]`` in [-1, 1]: colour, translation by up to an eighth, cutout.
+def augmentation(n: int, side: int, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """The numbers of :func:`augment` for ``n`` pictures of ``side x side`` px.
+
+    Returns
+    -------
+    colour: ``[3, n]`` in [0, 1). at: int64 ``[4, n]``, top and left of what stays in view of the padded picture and of
+    the hole.
+    """
+    colour = torch.from_numpy(draw.random((3, n))).float()
+    most = (2 * (side // 8), 2 * (side // 8), side - side // 4, side - side // 4)
+    return colour, torch.from_numpy(np.stack([draw.integers(0, m + 1, n) for m in most]))
+
+
+def augment(pixels: Tensor, colour: Tensor, at: Tensor) -> Tensor:
+    """Differentiable augmentation of ``[n, 3, side, side]`` in [-1, 1]: colour, translation by up to an eighth, cutout.
 
     Brightness moves by up to 0.25, saturation is scaled by 0-2, contrast by 0.5-1.5; what moves in from outside and
     the square of a quarter of the side that is cut out are 0.
+
+    Parameters
+    ----------
+    colour, at: from :func:`augmentation`, on the device of the pixels.
     """
-    n, _, height, width = pixels.shape
-    numbers = torch.from_numpy(draw.random((3, n, 1, 1, 1))).float()
+    n, channels, side, _ = pixels.shape
+    numbers = colour[:, :, None, None, None]
     x = pixels + 0.5 * (numbers[0] - 0.5)
     grey = x.mean(1, keepdim=True)
     x = grey + (x - grey) * (2.0 * numbers[1])
     mean = x.mean((1, 2, 3), keepdim=True)
     x = mean + (x - mean) * (0.5 + numbers[2])
-    reach, hole = (height // 8, width // 8), (height // 4, width // 4)
-    shift = [draw.integers(0, 2 * r + 1, n) for r in reach]
-    corner = [draw.integers(0, side - h + 1, n) for side, h in zip((height, width), hole, strict=True)]
-    padded = F.pad(x, (reach[1], reach[1], reach[0], reach[0]))
-    mask = torch.ones(n, 1, height, width)
-    moved = []
-    for i in range(n):
-        moved.append(padded[i, :, shift[0][i] : shift[0][i] + height, shift[1][i] : shift[1][i] + width])
-        mask[i, :, corner[0][i] : corner[0][i] + hole[0], corner[1][i] : corner[1][i] + hole[1]] = 0
-    return torch.stack(moved) * mask
+    reach, hole = side // 8, side // 4
+    places = torch.arange(side, device=x.device)
+    rows = (at[0][:, None] + places)[:, None, :, None].expand(n, channels, side, side + 2 * reach)
+    columns = (at[1][:, None] + places)[:, None, None, :].expand(n, channels, side, side)
+    moved = F.pad(x, (reach, reach, reach, reach)).gather(2, rows).gather(3, columns)
+    row, column = ((places >= first[:, None]) & (places < first[:, None] + hole) for first in (at[2], at[3]))
+    return moved * ~(row[:, None, :, None] & column[:, None, None, :])
 
 
 class TransGAN(Rival):
@@ -270,23 +284,36 @@ class TransGAN(Rival):
         rates = {"generator": self.config.generator_rate, "critic": self.config.critic_rate}
         return {k: torch.optim.Adam(self.nets[k].parameters(), lr=r, betas=(0.0, 0.99)) for k, r in rates.items()}
 
-    def _update(
-        self, step: int, tiles: TrainingTiles, optimizers: Mapping[str, torch.optim.Optimizer]
-    ) -> dict[str, float]:
-        generator, critic, n = self.nets["generator"], self.nets["critic"], self.config.batch_size
-        real = tiles.pixels(tiles.choose("transgan cells", step, n), "transgan", step)
-        size = (n, self.config.latent_dim)
+    def _batch(self, step: int, tiles: TrainingTiles) -> dict[str, Tensor]:
+        n, side, size = self.config.batch_size, self.config.tile_px, (self.config.batch_size, self.config.latent_dim)
+        batch = {"pictures": tiles.pictures(tiles.choose("transgan cells", step, n), "transgan", step)}
+        for whose in ("critic", "generator"):
+            batch[f"{whose} noise"] = rng.normal(self.seed, "transgan noise", size, step, whose)
         draw = rng.stream(self.seed, "transgan augmentation", step)
+        for whose in ("critic", "real"):
+            batch[f"{whose} colour"], batch[f"{whose} at"] = augmentation(n, side, draw)
+        batch["mix"] = torch.from_numpy(draw.random(max(1, n // 2))).float()
+        batch["generator colour"], batch["generator at"] = augmentation(n, side, draw)
+        return batch
 
+    def _update(
+        self, step: int, batch: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer]
+    ) -> dict[str, Tensor]:
+        generator, critic = self.nets["generator"], self.nets["critic"]
+
+        def augmented(pixels: Tensor, whose: str) -> Tensor:
+            return augment(pixels, batch[f"{whose} colour"], batch[f"{whose} at"])
+
+        def drawn(whose: str) -> Tensor:
+            return augmented(generator(batch[f"{whose} noise"]), whose)
+
+        real = augmented(pixels_of(batch["pictures"]), "real")
         with torch.no_grad():
-            drawn = augment(generator(rng.normal(self.seed, "transgan noise", size, step, "critic")), draw)
-        real = augment(real, draw)
-        mix = torch.from_numpy(draw.random(max(1, n // 2))).float()
-
-        def fresh() -> Tensor:
-            return augment(generator(rng.normal(self.seed, "transgan noise", size, step, "generator")), draw)
-
-        return wasserstein_step(critic, optimizers, real, drawn, fresh, mix, penalty=self.config.penalty, drift=DRIFT)
+            fake = drawn("critic")
+        return wasserstein_step(
+            critic, optimizers, real, fake, lambda: drawn("generator"), batch["mix"],
+            penalty=self.config.penalty, drift=DRIFT,
+        )  # fmt: skip
 
     def _draw(self, counts: sp.csr_matrix | None, seeds: Sequence[int]) -> Tensor:
         size = (self.config.latent_dim,)

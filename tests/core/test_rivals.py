@@ -21,11 +21,21 @@ from ge2hist_core.__main__ import run_command
 from ge2hist_core.config import TILE_PX, UM_PER_PX, SampleConfig, TrainConfig
 from ge2hist_core.rivals import RIVALS, load_rival, rival_class
 from ge2hist_core.rivals.beta_vae import BetaVAE, log_normalised
-from ge2hist_core.rivals.common import Budget, Rival, TrainingTiles, _follow, count_macs, gradient_penalty, limited_rows
+from ge2hist_core.rivals.common import (
+    Budget,
+    Rival,
+    TrainingTiles,
+    _follow,
+    count_macs,
+    device_called,
+    gradient_penalty,
+    limited_rows,
+    pixels_of,
+)
 from ge2hist_core.rivals.controls import NearestTile, ShuffledCondition
 from ge2hist_core.rivals.rna_cdm import RNACDMConfig
 from ge2hist_core.rivals.rna_gan import RNAGAN, RNAGANConfig
-from ge2hist_core.rivals.transgan import TransGAN, TransGANConfig, _Block, augment
+from ge2hist_core.rivals.transgan import TransGAN, TransGANConfig, _Block, augment, augmentation
 from ge2hist_core.store import SectionRecord, TissueStore, write_store
 from ge2hist_core.training import Trainer
 from ge2hist_core.types import BadInput, Cells
@@ -101,21 +111,26 @@ def finished(store, rows, tmp_path_factory) -> dict[str, Rival]:
 class Crops(TrainingTiles):
     """The middle 32 px of every tile: small networks suffice for what a single step must do."""
 
-    def pixels(self, chosen: np.ndarray, name: str, step: int) -> torch.Tensor:
-        return super().pixels(chosen, name, step)[:, :, 48:80, 48:80]
+    def pictures(self, chosen: np.ndarray, name: str, step: int) -> torch.Tensor:
+        return super().pictures(chosen, name, step)[:, 48:80, 48:80]
+
+
+def small(name: str, **change) -> Rival:
+    """A rival of 32 px."""
+    fits = {"depth": (1, 1), "critic_depth": (1, 1)} if name == "transgan" else {}
+    return rival_class(name)(replace(TINY[name], tile_px=32, **fits | change), GENES, 0)
 
 
 def cropped(name: str, store: TissueStore, rows: np.ndarray, **change) -> tuple[Rival, Iterator[dict[str, float]]]:
     """A rival of 32 px and its training steps without end."""
-    fits = {"depth": (1, 1), "critic_depth": (1, 1)} if name == "transgan" else {}
-    rival = rival_class(name)(replace(TINY[name], tile_px=32, **fits | change), GENES, 0)
+    rival = small(name, **change)
     tiles, optimizers = Crops(store, rows, 0), rival._optimizers()
     rival._fit_statistics(tiles)
 
     def steps() -> Iterator[dict[str, float]]:
         for step in itertools.count():
             rival.nets.train()
-            yield rival._update(step, tiles, optimizers)
+            yield {k: v.item() for k, v in rival._update(step, rival._batch(step, tiles), optimizers).items()}
 
     return rival, steps()
 
@@ -153,6 +168,30 @@ def test_a_run_killed_twice_ends_in_the_weights_of_an_uninterrupted_one(name, st
         ):
             assert torch.equal(a, b), (net, key)
     assert resumed.report["terms"] == whole.report["terms"]
+
+
+@every_rival
+def test_threads_that_load_ahead_change_nothing(name, store, rows, finished, tmp_path):
+    run = rival_class(name).train(store, rows, Budget(steps=6), 1, tmp_path, config=TINY[name], workers=2)
+    terms = [progress.terms for progress in run][-1]
+    assert terms == finished[name].report["terms"]
+    finished[name].save(tmp_path / "serial")
+    files = [folder / "weights.safetensors" for folder in (tmp_path, tmp_path / "serial")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@every_rival
+def test_a_step_computes_on_one_device_alone(name, store, rows):
+    """On the meta device, whose tensors refuse to meet those of the CPU as those of a GPU do."""
+    rival, tiles = small(name), Crops(store, rows, 0)
+    for net in rival.nets.values():
+        net.to("meta").train()
+    optimizers = rival._optimizers()
+    for step in (0, 2, 3) if rival.conditional else (0, 1):
+        batch = {key: value.to("meta") for key, value in rival._batch(step, tiles).items()}
+        terms = rival._update(step, batch, optimizers)
+        assert {value.device.type for value in terms.values()} == {"meta"}
+        assert {value.shape for value in terms.values()} == {torch.Size()}
 
 
 def test_the_average_lags_behind_the_network_and_takes_its_statistics_along():
@@ -229,14 +268,27 @@ def test_relative_positions_share_their_bias():
 
 def test_augmentation_is_differentiable_and_depends_on_its_stream_alone():
     pixels = torch.rand(3, 3, 32, 32).mul(2).sub(1).requires_grad_(True)
-    first = augment(pixels, rng.stream(0, "test"))
+
+    def augmented(seed: int) -> torch.Tensor:
+        return augment(pixels, *augmentation(3, 32, rng.stream(seed, "test")))
+
+    first = augmented(0)
     assert first.shape == pixels.shape
-    assert torch.equal(first, augment(pixels, rng.stream(0, "test")))
-    assert not torch.equal(first, augment(pixels, rng.stream(1, "test")))
+    assert torch.equal(first, augmented(0)) and not torch.equal(first, augmented(1))
     first.sum().backward()
     assert (pixels.grad.abs().sum((1, 2, 3)) > 0).all()
     # A square of a quarter of the side is cut out of every picture.
     assert ((first == 0).all(1).sum((1, 2)) >= 64).all()
+
+
+def test_augmentation_moves_and_cuts_out_where_its_numbers_say():
+    pixels, at = torch.rand(2, 3, 32, 32), torch.tensor([[0, 7], [4, 1], [3, 24], [20, 0]])
+    found = augment(pixels, torch.tensor([0.5, 0.5, 0.5])[:, None].expand(3, 2), at)  # colours stay as they are
+    padded = np.pad(pixels.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)))
+    for i, (top, left, y, x) in enumerate(at.T.tolist()):
+        expected = padded[i, :, top : top + 32, left : left + 32].copy()
+        expected[:, y : y + 8, x : x + 8] = 0
+        np.testing.assert_allclose(found[i], expected, atol=1e-6)
 
 
 def test_expression_is_read_without_depth_and_in_the_genes_order(store):
@@ -247,8 +299,9 @@ def test_expression_is_read_without_depth_and_in_the_genes_order(store):
     np.testing.assert_allclose(values, log_normalised(counts * 7).numpy(), rtol=1e-5)
     assert (log_normalised(sp.csr_matrix((1, 6), dtype=np.float32)) == 0).all()
     vae = BetaVAE(6, (8, 4))
-    vae.fit_standardisation(store.cells.counts)
-    standard = vae.standardise(store.cells.counts)
+    values = log_normalised(store.cells.counts)
+    vae.fit_standardisation(values)
+    standard = vae.standardise(values)
     torch.testing.assert_close(standard.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
     torch.testing.assert_close(standard.std(0), torch.ones(6), atol=1e-3, rtol=0)
 
@@ -257,7 +310,7 @@ def test_the_kl_of_the_beta_vae_is_that_of_the_library(store):
     from torch.distributions import Normal, kl_divergence
 
     vae = BetaVAE(6, (8, 4)).eval()
-    x = vae.standardise(store.cells.counts[:7])
+    x = vae.standardise(log_normalised(store.cells.counts[:7]))
     keep, eps = torch.ones(x.shape, dtype=torch.bool), torch.zeros(7, 4)
     mu, log_variance = vae.encode(2 * x)
     q = Normal(mu, (0.5 * log_variance).exp())
@@ -268,17 +321,27 @@ def test_the_kl_of_the_beta_vae_is_that_of_the_library(store):
 def test_training_tiles_are_turned_and_mirrored_and_repeat(store, rows):
     tiles = TrainingTiles(store, rows, 0)
     chosen = np.repeat(rows[:1], 40)
-    pixels = tiles.pixels(chosen, "x", 3)
-    assert len({p.numpy().tobytes() for p in pixels}) == 8
-    assert torch.equal(pixels, tiles.pixels(chosen, "x", 3))
-    original = torch.from_numpy(store.tiles(chosen[:1])[0]).permute(2, 0, 1).float().div(127.5).sub(1)
-    assert any(torch.equal(p, original) for p in pixels)
+    pictures = tiles.pictures(chosen, "x", 3)
+    original = torch.from_numpy(store.tiles(chosen[:1])[0])
+    both = (original, original.flip(1))
+    expected = {torch.rot90(tile, k).contiguous().numpy().tobytes() for tile in both for k in range(4)}
+    assert len(expected) == 8 and {p.numpy().tobytes() for p in pictures} == expected
+    assert torch.equal(pictures, tiles.pictures(chosen, "x", 3))
+    pixels = pixels_of(pictures[:2])
+    assert torch.equal(pixels[1], pictures[1].permute(2, 0, 1).float().div(127.5).sub(1))
 
 
 def test_rivals_learn_from_the_cells_that_the_bundle_learns_from(store):
     donors = store.split()["train"]
     owner = SimpleNamespace(config=TrainConfig(cells_per_donor=3, seed=5), store=store)
     np.testing.assert_array_equal(limited_rows(store, donors, 3, 5), Trainer._limited(owner, store.rows(donors)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused():
+    assert device_called("auto") == torch.device("cpu")
+    with pytest.raises(BadInput, match="finds no GPU here: choose the device auto or cpu"):
+        device_called("cuda")
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -357,8 +420,16 @@ def test_a_budget_of_cpu_time_ends_the_run_and_a_larger_one_goes_on(store, rows,
     assert steps(Budget(cpu_seconds=1e-9)) == [], "the budget is over all runs"
     assert steps(Budget(cpu_seconds=1e9, steps=4)) == [2, 3, 4]
     assert load_rival(tmp_path / "r").report["steps"] == 4
-    budget = Budget(cpu_seconds=100, steps=50)
-    assert (budget.spent(0, 50, 10), budget.spent(0, 50, 30)) == (0.5, 0.6)
+    budget = Budget(cpu_seconds=100, steps=50, seconds=10)
+    assert [budget.spent(0, 50, 10, 1), budget.spent(0, 50, 30, 1), budget.spent(0, 50, 30, 7)] == [0.5, 0.6, 0.7]
+
+
+def test_a_budget_of_seconds_ends_the_run(store, rows, tmp_path):
+    def steps(seconds: float) -> list[int]:
+        budget = Budget(seconds=seconds, steps=3)
+        return [p.step for p in RNAGAN.train(store, rows, budget, 1, tmp_path, resume=True, config=TINY["rna-gan"])]
+
+    assert (steps(1e-9), steps(1e-9), steps(1e9)) == ([1], [], [2, 3])
 
 
 def test_the_cost_of_a_linear_layer_is_counted_forward_and_backward():
@@ -388,12 +459,20 @@ def test_the_command_trains_on_the_training_donors(path, store, tmp_path, capsys
     assert run_command("test", "", commands, argv) == 0
     report = load_rival(tmp_path / "r").report
     assert report["learned_from"] == store.split()["train"] and report["steps"] == 1
-    assert json.loads(capsys.readouterr().out)["steps"] == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["steps"] == 1 and printed["batch_size"] == RNAGANConfig().batch_size
     assert run_command("test", "", commands, argv) == 2
     assert "go on with --resume" in capsys.readouterr().err
     assert run_command("test", "", commands, [*argv, "--resume"]) == 0
     assert run_command("test", "", commands, [*argv[:5], "--minutes", "0"]) == 2
     assert "--minutes is 0" in capsys.readouterr().err
+    assert run_command("test", "", commands, [*argv[:5], "--batch-size", "0"]) == 2
+    assert "--batch-size is 0: give at least 1" in capsys.readouterr().err
+    options = ["--wall-minutes", "1e-6", "--batch-size", "3", "--workers", "1", "--device", "cpu"]
+    assert run_command("test", "", commands, [*argv[:3], "--out", str(tmp_path / "s"), *options]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["steps"], printed["batch_size"], printed["device"]) == (1, 3, "cpu")
+    assert load_rival(tmp_path / "s").config.batch_size == 3
 
 
 # --- controls ---------------------------------------------------------------------------------------------------------
@@ -442,6 +521,10 @@ def test_bad_input_is_named(store, rows, finished, cells, tmp_path):
         TransGAN.train(store, rows[:0], Budget(steps=1), 0, tmp_path)
     with pytest.raises(BadInput, match="tile_px is 64, the store's tiles have 128 px"):
         RNAGAN.train(store, rows, Budget(steps=1), 0, tmp_path, config=RNAGANConfig(tile_px=64))
+    with pytest.raises(BadInput, match="number of workers is -1"):
+        TransGAN.train(store, rows, Budget(steps=1), 0, tmp_path, workers=-1)
+    with pytest.raises(BadInput, match="device is 'tpu': choose one of auto, cpu, cuda"):
+        TransGAN.train(store, rows, Budget(steps=1), 0, tmp_path, device="tpu")
     with pytest.raises(BadInput, match="draws from expression: give the cells"):
         finished["rna-gan"].generate(None, [1])
     with pytest.raises(BadInput, match="share none of the 6 genes"):
