@@ -39,7 +39,7 @@ from ge2hist_core.autoencoder import TileAutoencoder, autoencoder_loss, from_uin
 from ge2hist_core.config import TrainConfig, to_json
 from ge2hist_core.model import GE2Hist
 from ge2hist_core.rivals.common import limited_rows
-from ge2hist_core.training import Batch, Objective, Record, dihedral, fit
+from ge2hist_core.training import Batch, Objective, Record, device_name, dihedral, fit
 from ge2hist_core.types import BadInput
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def train_decoder(
         "decoder": {
             "steps": last.step,
             "seconds": time.monotonic() - began,
-            "device": str(accelerator.device.type),
+            "device": device_name(accelerator.device),
             "psnr_db_before": before,
             "terms": last.terms,
             "train": {name: getattr(config, name) for name in _REPORTED},

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ge2hist_core.config import PRESETS
+from ge2hist_core.config import PRESETS, TrainConfig, to_json
 from ge2hist_core.evaluation.report import section_markdown, sections
 from ge2hist_core.files import atomic_path
 from ge2hist_core.types import BadInput
@@ -106,7 +106,7 @@ def _made(
     known: Mapping[str, Any],
 ) -> str:
     training = header.get("training") or {}
-    simulation, config = training.get("simulation") or {}, training.get("train", {})
+    simulation = training.get("simulation") or {}
     lines = ["## Made by", "", "```"]
     if simulation:
         lines.append(
@@ -122,6 +122,13 @@ def _made(
     runs = _runs(training)
     for i, run in enumerate(runs):
         lines.append(_train_command(header, run, i, len(runs)))
+    if decoder := training.get("decoder"):
+        c = decoder["train"]
+        lines.append(
+            f"python -m ge2hist_core train-decoder BUNDLE DATA.zarr --steps {decoder['steps']} --batch-size "
+            f"{c['autoencoder_batch']} --learning-rate {c['autoencoder_learning_rate']:g} --mixed-precision "
+            f"{c['mixed_precision']} --seed {c['seed']}"
+        )
     if reader:
         c = reader["figures"].get("train")
         lines.append(
@@ -149,12 +156,16 @@ def _made(
     cells = training.get("cells", {})
     encoder_runs = [run["train"] for run in runs if not run["train"].get("freeze_encoder")]
     terms = encoder_runs[-1] if encoder_runs else {}
-    taken = " and ".join(f"{run['steps']:,}" for run in runs)
-    hours = sum(run.get("seconds") or 0.0 for run in runs) / 3600
     lines += [
         "",
-        f"Main training: {taken} steps of batch {config.get('batch_size', 0)}"
-        + (f", {hours:.1f} h" if hours else "")
+        *(
+            f"`CONFIG{i + 1}.json`: `{json.dumps({'train': changed})}`.\n"
+            for i, run in enumerate(runs)
+            if (changed := _changed(run["train"], PRESETS[_preset(header)].train))
+        ),
+        "Main training: "
+        + ", then ".join(_taken(run) for run in runs)
+        + (f"; the decoder {_taken(decoder)}" if decoder else "")
         + ". Cells: "
         + ", ".join(f"{n:,} {name}" for name, n in cells.items())
         + ". Donors are never shared between them.",
@@ -192,15 +203,43 @@ def _runs(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _train_command(header: Mapping[str, Any], run: Mapping[str, Any], i: int, n: int) -> str:
-    config, shape = run["train"], (header["config"]["unet_channels"], header["config"].get("tile_px", 128))
-    preset = next((name for name, p in PRESETS.items() if ([*p.model.unet_channels], p.model.tile_px) == shape), "demo")
+    config, preset = run["train"], _preset(header)
     out = "BUNDLE" if i == n - 1 else f"RUN{i + 1}"
     return (
         f"python -m ge2hist_core train DATA.zarr --scgpt SCGPT --out {out} --preset {preset} --steps {config['steps']} "
         f"--mixed-precision {config['mixed_precision']} --seed {config['seed']}"
         + (f" --start-from RUN{i}" if i else "")
         + (" --freeze-encoder" if config.get("freeze_encoder") else "")
+        + (f" --config CONFIG{i + 1}.json" if _changed(config, PRESETS[preset].train) else "")
     )
+
+
+def _preset(header: Mapping[str, Any]) -> str:
+    shape = (header["config"]["unet_channels"], header["config"].get("tile_px", 128))
+    return next((name for name, p in PRESETS.items() if ([*p.model.unet_channels], p.model.tile_px) == shape), "demo")
+
+
+_OPTIONS = ("steps", "mixed_precision", "seed", "freeze_encoder", "accumulation", "workers", "checkpoint_every")
+"""Fields of a training configuration that options set, or that do not decide the result."""
+
+
+def _changed(config: Mapping[str, Any], usual: TrainConfig) -> dict[str, Any]:
+    """Fields of ``--config`` with which a run differed from its preset; fields that it did not know it did not set."""
+    preset = to_json(usual)
+    return {k: v for k, v in config.items() if k not in _OPTIONS and k in preset and v != preset[k]}
+
+
+def _taken(run: Mapping[str, Any]) -> str:
+    """Steps, batch, time and device of a run of `train` or `train-decoder`."""
+    train, seconds = run["train"], run.get("seconds")
+    batch = train.get("batch_size") or train["autoencoder_batch"]
+    where = "" if run.get("device") in (None, "cpu") else f" on one {run['device']}"
+    took = f", {_duration(seconds)}{where}" if seconds else where
+    return f"{run['steps']:,} steps of batch {batch}{took}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
 
 
 def _separation(training: Mapping[str, Any]) -> str:

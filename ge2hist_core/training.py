@@ -96,7 +96,7 @@ if TYPE_CHECKING:
 
     from ge2hist_core.store import TissueStore
 
-__all__ = ["Record", "Trainer", "add_arguments", "class_weights", "main"]
+__all__ = ["Record", "Trainer", "add_arguments", "class_weights", "device_name", "main"]
 
 Batch = dict[str, Tensor]
 MakeBatch = Callable[[int, slice], Batch]
@@ -122,6 +122,11 @@ class Record:
     step: int
     total: int
     terms: dict[str, float]
+
+
+def device_name(device: torch.device) -> str:
+    """What a report calls the device: the GPU's own name, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 # --- objectives: batch -> loss terms, "loss" is what is minimised --------------------------------------------------
@@ -923,6 +928,7 @@ class Trainer:
             "cells": {name: len(rows) for name, rows in self.rows.items()},
             "steps": steps_done,
             "seconds": seconds,
+            "device": device_name(self.accelerator.device),
             "train": to_json(self.config),
             "started_from": None
             if self.start is None

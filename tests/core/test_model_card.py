@@ -217,7 +217,25 @@ def test_a_bundle_that_went_on_from_another_names_both_runs(tmp_path: Path):
     assert "--out RUN1" in lines[0] and "--steps 777" in lines[0] and "--freeze-encoder" not in lines[0]
     assert "--out BUNDLE" in lines[1] and "--steps 55" in lines[1]
     assert "--start-from RUN1 --freeze-encoder" in lines[1]
-    assert "Main training: 701 and 50 steps" in text
+    assert f"Main training: 701 steps of batch {TRAIN.batch_size}, then 50 steps of batch {TRAIN.batch_size}." in text
+
+
+def test_settings_without_an_option_and_the_decoder_are_named_too(tmp_path: Path):
+    train = replace(PRESETS["demo"].train, steps=9, batch_size=512, latent_variants=8, workers=4)
+    decoder = {
+        "steps": 300,
+        "seconds": 90.0,
+        "device": "Some GPU",
+        "train": {"autoencoder_batch": 32, "autoencoder_learning_rate": 2e-4, "mixed_precision": "no", "seed": 7},
+    }
+    later = TRAINING | {"train": to_json(train), "seconds": 7200.0, "device": "Some GPU", "decoder": decoder}
+    card = model_card(write(tmp_path, training=later))
+    text, found = section(card, "Made by"), commands(card)
+    assert found["train"].config == Path("CONFIG1.json")
+    written = text.split("`CONFIG1.json`: `")[1].split("`.")[0]
+    assert json.loads(written) == {"train": {"batch_size": 512, "latent_variants": 8}}
+    assert (found["train-decoder"].steps, found["train-decoder"].batch_size) == (300, 32)
+    assert "701 steps of batch 512, 2.0 h on one Some GPU; the decoder 300 steps of batch 32, 2 min on one" in text
 
 
 def test_the_preset_is_the_one_whose_network_the_bundle_has(tmp_path: Path):
@@ -237,7 +255,7 @@ def test_what_was_left_out_is_left_out_of_the_commands(tmp_path: Path):
 
 
 def test_steps_and_cells_are_those_of_the_training(card: str):
-    made = section(card, "Made by").split("```")[2].split("Beside the three")[0]
+    made = section(card, "Made by").split("Main training")[1].split("Beside the three")[0]
     assert numbers(made) == [701, 24, 1234, 345, 23456]
     terms = section(card, "Made by").split("weighted: ")[1]
     assert f"type prior {TRAIN.type_prior:g}, type leak {TRAIN.type_leak:g}" in terms
@@ -444,8 +462,8 @@ def test_the_report_of_a_real_training_fills_the_card(scgpt_folder: Path, tmp_pa
     assert run(tmp_path / "bundle") == 0
     card = (tmp_path / "bundle" / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert commands(card)["train"].steps == 2 and commands(card)["simulate"].donors == 4
-    made = section(card, "Made by").split("```")[2].split("Beside the three")[0]
-    assert numbers(made) == [2, 2, round(report["seconds"] / 3600, 1), *report["cells"].values()]
+    made = section(card, "Made by").split("Main training")[1].split("Beside the three")[0]
+    assert numbers(made) == [2, 2, round(report["seconds"] / 60), *report["cells"].values()]
     rows = table(section(card, "Separation of type (z_c) and environment (z_e)"))
     assert len(rows) == 2 + len(report["separation"]["r2_z_e"]) == 8
     assert numbers(rows[0][2]) == pytest.approx([report["separation"]["type_accuracy_z_e"]], abs=5.1e-4)
