@@ -104,8 +104,8 @@ class TileAutoencoder(nn.Module):
             self.grain_in = nn.Conv2d(folded, wide, 3, padding=1)
             self.grain_gate = nn.Conv2d(wide, wide, 1)
             # Without grain at first: a decoder that has learned without it goes on from where it is.
-            nn.init.zeros_(self.grain_gate.weight)
-            nn.init.zeros_(self.grain_gate.bias)
+            for value in self.grain_gate.parameters():
+                nn.init.zeros_(value)
 
     def picture(self, raw: Tensor, grain: Tensor | None = None) -> Tensor:
         """Raw latents ``[n, channel, h, w]`` -> pixels ``[n, 3, H, W]``, about [-1, 1].

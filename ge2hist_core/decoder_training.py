@@ -6,7 +6,7 @@ places, without grain. Here it goes on from there against a critic, with noise t
 which know the decoder's pictures, are removed and must be fitted again.
 
 Loss of the decoder, as in VQGAN (Esser et al. 2021, arXiv 2012.09841, equation 7): a reconstruction and the critic's
-score, weighed so that at the decoder's last layer the score's gradient has ``ADVERSARIAL`` times the length of the
+score, weighed so that at the decoder's last layer the score's gradient has ``adversarial`` times the length of the
 reconstruction's. What differs:
 
 - The reconstruction is compared after averaging 2 x 2 pixels, and with a tenth of the weight at full resolution: it
@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DecoderObjective", "PatchCritic", "add_arguments", "main", "train_decoder"]
 
-ADVERSARIAL = 0.5
+ADVERSARIAL = 2.0
+"""The usual pull of the critic: at 0.5 reconstruction won, and texture stayed half way."""
 FULL_RESOLUTION = 0.1
 _REPORTED = (
     "autoencoder_batch", "autoencoder_learning_rate", "latent_noise", "cells_per_donor", "warmup_steps", "ema",
@@ -82,9 +83,12 @@ class DecoderObjective(Objective):
     ``adversarial``.
     """
 
-    def __init__(self, autoencoder: TileAutoencoder, critic: PatchCritic, config: TrainConfig) -> None:
+    def __init__(
+        self, autoencoder: TileAutoencoder, critic: PatchCritic, noise_level: float, adversarial: float = ADVERSARIAL
+    ) -> None:
         super().__init__()
-        self.autoencoder, self.critic, self.noise_level = autoencoder, critic, config.latent_noise
+        self.autoencoder, self.critic = autoencoder, critic
+        self.noise_level, self.adversarial = noise_level, adversarial
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         part, real = self.autoencoder, from_uint8(batch["tiles"])
@@ -104,7 +108,7 @@ class DecoderObjective(Objective):
     def _balance(self, rec: Tensor, adversarial: Tensor) -> Tensor:
         last: Any = self.autoencoder.decoder[-2]
         lengths = [torch.autograd.grad(t, last.weight, retain_graph=True)[0].norm() for t in (rec, adversarial)]
-        return ADVERSARIAL * (lengths[0] / (lengths[1] + 1e-6)).clamp(max=1e4)
+        return self.adversarial * (lengths[0] / (lengths[1] + 1e-6)).clamp(max=1e4)
 
 
 def train_decoder(
@@ -114,6 +118,7 @@ def train_decoder(
     work: Path,
     accelerator: Accelerator | None = None,
     deadline: float = float("inf"),
+    adversarial: float = ADVERSARIAL,
 ) -> Iterator[Record]:
     """Train the decoder on in place; a record per step. ``model`` has grain and its new decoder when it ends, no gates.
 
@@ -121,7 +126,8 @@ def train_decoder(
     ----------
     model: a trained bundle. store: the tissue it was trained on. config: of this training; ``autoencoder_steps``,
         ``autoencoder_batch`` and ``autoencoder_learning_rate`` are its length, batch and rate.
-    work: folder of the checkpoint; a run goes on from there.
+    work: folder of the checkpoint; a run goes on from there. adversarial: pull of the critic, in that of the
+        reconstruction.
 
     Raises
     ------
@@ -142,7 +148,7 @@ def train_decoder(
     for value in model.autoencoder.state_dict().values():
         digest.update(value.numpy().tobytes())
     free = ("accumulation", "workers", "checkpoint_every", "autoencoder_steps")  # a resumed run may change these
-    settings = {k: v for k, v in to_json(config).items() if k not in free}
+    settings = {k: v for k, v in to_json(config).items() if k not in free} | {"adversarial": adversarial}
     digest.update(json.dumps(settings, sort_keys=True).encode())
 
     if not model.config.grain:
@@ -168,7 +174,7 @@ def train_decoder(
         return {name: torch.from_numpy(value) for name, value in values.items()}
 
     work.mkdir(parents=True, exist_ok=True)
-    objective, began = DecoderObjective(model.autoencoder, critic, config), time.monotonic()
+    objective, began = DecoderObjective(model.autoencoder, critic, config.latent_noise, adversarial), time.monotonic()
     last = Record("decoder", 0, config.autoencoder_steps, {})
     for record in fit(
         "decoder", objective, batch, work, accelerator, digest.hexdigest(),
@@ -177,7 +183,7 @@ def train_decoder(
     ):  # fmt: skip
         last = record
         yield record
-    model.gates = None
+    model.gates, earlier = None, (model.report or {}).get("decoder")
     model.report = {
         **(model.report or {}),
         "autoencoder_psnr_db": psnr(model.autoencoder.decode(model.autoencoder.encode(judged)), judged),
@@ -187,7 +193,8 @@ def train_decoder(
             "device": device_name(accelerator.device),
             "psnr_db_before": before,
             "terms": last.terms,
-            "train": {name: getattr(config, name) for name in _REPORTED},
+            "train": {name: getattr(config, name) for name in _REPORTED} | {"adversarial": adversarial},
+            "started_from": earlier,
         },
     }
 
@@ -198,6 +205,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument(
+        "--adversarial", type=float, default=ADVERSARIAL, metavar="W", help="pull of the critic (default %(default)g)"
+    )
     parser.add_argument("--minutes", type=float, help="of this run; --resume goes on")
     parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads that load ahead; 0 for none")
@@ -214,6 +224,8 @@ def main(args: argparse.Namespace) -> None:
     for name, value in (("--steps", args.steps), ("--batch-size", args.batch_size)):
         if value < 1:
             raise BadInput(f"{name} is {value}: give at least 1.")
+    if not args.adversarial > 0:
+        raise BadInput(f"--adversarial is {args.adversarial}: give a number above 0.")
     work = args.bundle / ".decoder"
     if work.exists() and not args.resume:
         raise BadInput(f"{args.bundle} holds the work of another run: go on with --resume, or remove {work}.")
@@ -225,7 +237,7 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
     store = TissueStore(args.data, model.config.tile_px)
     with tqdm(total=args.steps, unit="step", desc="decoder") as bar:
-        for record in train_decoder(model, store, config, work, deadline=deadline):
+        for record in train_decoder(model, store, config, work, deadline=deadline, adversarial=args.adversarial):
             bar.update(record.step - bar.n)
             bar.set_postfix({name: f"{value:.3f}" for name, value in record.terms.items()}, refresh=False)
     decoder = (model.report or {})["decoder"]

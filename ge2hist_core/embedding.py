@@ -392,7 +392,7 @@ class ScGPT:
             )
         order = np.argsort(lengths, kind="stable")[len(empty) :]
         if batch_size is None:
-            batch_size = 1 if self.device.type == "cpu" else 64
+            batch_size = 1 if self.device.type == "cpu" else 256
         with torch.inference_mode():
             known = np.flatnonzero(match.ids >= 0)
             genes = self.network.encoder(torch.from_numpy(match.ids[known]).to(self.device))  # [known gene, dim]
@@ -412,15 +412,17 @@ class ScGPT:
         longest = max(lengths)
         special = self.network.encoder(torch.tensor([self.vocab["<cls>"], self.pad_id], device=self.device))
         special = special + self._value_table[0]
-        x = special[1].repeat(len(batch), longest + 1, 1)
-        x[:, 0] = special[0]
-        for i, (columns, bins) in enumerate(batch):
-            gene = genes[torch.from_numpy(columns).to(self.device)]
-            x[i, 1 : lengths[i] + 1] = gene + self._value_table[torch.from_numpy(bins).to(self.device)]
+        # Filled on the CPU: to another device one array per batch travels, not one per cell.
+        filled = np.zeros((2, len(batch), longest), dtype=np.int64)
+        for i, row in enumerate(batch):
+            filled[:, i, : lengths[i]] = row
+        columns, bins = torch.from_numpy(filled).to(self.device)
+        there = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(self.device)
+        tokens = torch.where(there[:, :, None], genes[columns] + self._value_table[bins], special[1])
+        x = torch.cat([special[0].repeat(len(batch), 1, 1), tokens], dim=1)
         attend = None
         if min(lengths) < longest:
-            there = torch.arange(longest + 1) <= torch.tensor(lengths)[:, None]
-            attend = there[:, None, None, :].to(self.device)
+            attend = F.pad(there, (1, 0), value=True)[:, None, None, :]
         first = self.network.first(x, attend).float().cpu().numpy()
         return first / np.linalg.norm(first, axis=1, keepdims=True)
 

@@ -122,12 +122,13 @@ def _made(
     runs = _runs(training)
     for i, run in enumerate(runs):
         lines.append(_train_command(header, run, i, len(runs)))
-    if decoder := training.get("decoder"):
+    decoders = _decoders(training)
+    for decoder in decoders:
         c = decoder["train"]
         lines.append(
             f"python -m ge2hist_core train-decoder BUNDLE DATA.zarr --steps {decoder['steps']} --batch-size "
-            f"{c['autoencoder_batch']} --learning-rate {c['autoencoder_learning_rate']:g} --mixed-precision "
-            f"{c['mixed_precision']} --seed {c['seed']}"
+            f"{c['autoencoder_batch']} --learning-rate {c['autoencoder_learning_rate']:g} --adversarial "
+            f"{c['adversarial']:g} --mixed-precision {c['mixed_precision']} --seed {c['seed']}"
         )
     if reader:
         c = reader["figures"].get("train")
@@ -165,7 +166,7 @@ def _made(
         ),
         "Main training: "
         + ", then ".join(_taken(run) for run in runs)
-        + (f"; the decoder {_taken(decoder)}" if decoder else "")
+        + ("; the decoder: " + ", then ".join(_taken(run) for run in decoders) if decoders else "")
         + ". Cells: "
         + ", ".join(f"{n:,} {name}" for name, n in cells.items())
         + ". Donors are never shared between them.",
@@ -199,6 +200,16 @@ def _runs(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     while now:
         runs.insert(0, now)
         now = (now.get("started_from") or {}).get("training")
+    return runs
+
+
+def _decoders(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The runs of `train-decoder` on a bundle, the first one first."""
+    runs: list[Mapping[str, Any]] = []
+    now = training.get("decoder")
+    while now:
+        runs.insert(0, now)
+        now = now.get("started_from")
     return runs
 
 

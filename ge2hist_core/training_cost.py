@@ -9,20 +9,23 @@ tiles and embedding the cells is one forward pass each and is left out, as is th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ge2hist_core import rng
 from ge2hist_core.autoencoder import TileAutoencoder
-from ge2hist_core.config import ModelConfig, Preset
+from ge2hist_core.config import ModelConfig, Preset, TrainConfig, from_json
+from ge2hist_core.decoder_training import DecoderObjective, PatchCritic
 from ge2hist_core.denoiser import Denoiser
 from ge2hist_core.training import AutoencoderObjective, Batch, MainObjective, Objective, StateObjective, VAEObjective
 from ge2hist_core.types import BadInput
 from ge2hist_core.vae import StateEncoder
 
-__all__ = ["Gpu", "StageCost", "cost_table", "hours", "random_batch", "stage_costs"]
+__all__ = ["Gpu", "StageCost", "cost_table", "hours", "random_batch", "stage_costs", "training_macs"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ def random_batch(model: ModelConfig, n: int) -> Batch:
         "noise": rng.normal(0, "cost noise", latent),
         "t": torch.from_numpy(draw.integers(model.train_timesteps, size=n)),
         "drop": torch.zeros(n, dtype=torch.bool),
+        "tiles": torch.zeros((n, model.tile_px, model.tile_px, 3), dtype=torch.uint8),
+        "grain": rng.normal(0, "cost grain", (n, 48, 2 * model.latent_px, 2 * model.latent_px)),
     }
 
 
@@ -107,6 +112,32 @@ def stage_costs(preset: Preset) -> list[StageCost]:
         StageCost(name, sum(p.numel() for p in objective.parameters()), measured_flops(objective, batch), size, steps)
         for name, objective, size, steps in stages
     ]
+
+
+def training_macs(model: ModelConfig, report: Mapping[str, Any]) -> int:
+    """Multiply-accumulates of all gradient steps behind a bundle, as the rivals count theirs.
+
+    Every run of ``train`` that its report names (of the first one the autoencoder, too) and of ``train-decoder``. The
+    cell encoder's pre-training and the short training of the VAEs are left out.
+    """
+    total, run = 0, report if report.get("train") else None
+    decoder = report.get("decoder")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        autoencoder = TileAutoencoder(model)
+        if decoder:
+            per_tile = measured_flops(DecoderObjective(autoencoder, PatchCritic(), 0.0), random_batch(model, 1))
+        costs = {c.stage: c.flops_per_cell for c in stage_costs(Preset(model, TrainConfig()))}
+    while run:
+        train, before = from_json(TrainConfig, dict(run["train"])), run.get("started_from")
+        total += costs["main"] * train.batch_size * (run["steps"] or train.steps)
+        if not before:
+            total += costs["autoencoder"] * train.autoencoder_batch * train.autoencoder_steps
+        run = before and before["training"]
+    while decoder:
+        total += per_tile * decoder["train"]["autoencoder_batch"] * decoder["steps"]
+        decoder = decoder.get("started_from")
+    return total // 2
 
 
 def cost_table(name: str, preset: Preset, gpu: Gpu) -> str:

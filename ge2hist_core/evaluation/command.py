@@ -34,7 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA.zarr")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for evaluation.json, .md, .html")
     parser.add_argument(
-        "--rivals", type=Path, nargs="+", default=[], metavar="DIR", help="folders that `train-rival` wrote"
+        "--rivals",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders that `train-rival` wrote; a bundle among them is shown beside, out of the contest",
     )
     parser.add_argument("--quick", action="store_true", help="few of everything; intervals are wide")
     for field in fields(Counts):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ge2hist_core.rivals.common import Rival
     from ge2hist_core.store import TissueStore
 
-__all__ = ["OWN", "Method", "controls", "own", "rivals"]
+__all__ = ["OWN", "Method", "controls", "own", "rivals", "trained"]
 
 OWN = "ge2hist"
 
@@ -32,7 +32,7 @@ class Method:
     Parameters
     ----------
     name, title: key in the result and how tables call it. kind: ``model``, ``rival`` or ``control``; controls show what
-        copying and guessing reach and take no part in the contest.
+        copying, guessing and other bundles reach and take no part in the contest.
     asked: plain JSON that decides the pictures. draw: positions ``[k]`` among the asked cells -> uint8
         ``[k, H, W, 3]``.
     facts: what the tables say of it: whether it sees the cell, on how much it was trained.
@@ -66,9 +66,19 @@ def own(model: GE2Hist, state: Latent, seeds: Sequence[int], sample: SampleConfi
 
 
 def rivals(
-    folders: Sequence[Path], store: TissueStore, cells: Cells, seeds: Sequence[int], tile_px: int, asked: list[Any]
+    folders: Sequence[Path],
+    store: TissueStore,
+    cells: Cells,
+    seeds: Sequence[int],
+    tile_px: int,
+    sample: SampleConfig,
+    asked: list[Any],
 ) -> list[Method]:
-    """The rivals that ``train-rival`` left in ``folders``.
+    """The rivals that ``train-rival`` left in ``folders``, and other bundles, as controls.
+
+    Parameters
+    ----------
+    sample: how other bundles draw.
 
     Raises
     ------
@@ -79,6 +89,9 @@ def rivals(
     assert cells.donor is not None
     found: list[Method] = []
     for folder in folders:
+        if (folder / "bundle.json").is_file():
+            found.append(_other_bundle(folder, store, cells, seeds, tile_px, sample, asked))
+            continue
         rival = load_rival(folder)
         if rival.config.tile_px != tile_px:
             raise BadInput(
@@ -103,7 +116,49 @@ def rivals(
     return found
 
 
-_REPORTED = ("steps", "cells", "macs", "cpu_seconds", "seconds", "threads", "parameters")
+_REPORTED = ("steps", "batch_size", "cells", "macs", "cpu_seconds", "seconds", "threads", "device", "parameters")
+
+
+def trained(model: GE2Hist) -> dict[str, Any]:
+    """What the tables say of a bundle's training: the last run's steps, cells and time, all runs' operations."""
+    from ge2hist_core.training_cost import training_macs
+
+    report = model.report or {}
+    return {k: report.get(k) for k in ("steps", "seconds", "cells", "device")} | {
+        "macs": training_macs(model.config, report)
+    }
+
+
+def _other_bundle(
+    folder: Path,
+    store: TissueStore,
+    cells: Cells,
+    seeds: Sequence[int],
+    tile_px: int,
+    sample: SampleConfig,
+    asked: list[Any],
+) -> Method:
+    """Another bundle on the same cells and noise: what a change of the model, or more training, was worth."""
+    from ge2hist_core.model import GE2Hist
+
+    assert cells.donor is not None
+    other = GE2Hist.load(folder, gates=False)
+    if other.config.tile_px != tile_px:
+        raise BadInput(f"{folder} draws tiles of {other.config.tile_px} px, the bundle {tile_px} px: give one like it.")
+    seen = other.has_learned_from(store) & {str(name) for name in np.unique(cells.donor)}
+    if seen:
+        raise BadInput(f"{folder} has learned from donor {min(seen)!r}, on which it would be judged: leave it out.")
+
+    @cache
+    def state() -> Latent:
+        return other.encode(other.embed(cells, asked[-1]))
+
+    return Method(
+        f"{OWN}:{folder.name}", f"GE2Hist ({folder.name})", "control",
+        ["bundle", other.sha256, repr(sample), *asked],
+        lambda at: other.generate(state().take(at), [seeds[i] for i in at], sample),
+        {"sees_the_cell": True, "training": trained(other)},
+    )  # fmt: skip
 
 
 def _drawing(rival: Rival, cells: Cells, seeds: Sequence[int]) -> Callable[[np.ndarray], np.ndarray]:

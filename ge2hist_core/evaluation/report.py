@@ -130,12 +130,20 @@ def _methods(result: Figure) -> Section | None:
         rows.append(
             [
                 method["title"], method["kind"], "yes" if method.get("sees_the_cell") else "no",
-                number(t.get("steps"), ",.0f"), number(macs, ".1f", 1e-12),
-                number(t.get("cpu_seconds"), ".1f", 1 / 3600),
+                number(t.get("steps"), ",.0f"), number(macs, ",.0f", 1e-12), _time(t),
             ]
         )  # fmt: skip
-    header = ["method", "kind", "sees the cell", "training steps", "10^12 multiply-accumulates", "CPU hours"]
+    header = ["method", "kind", "sees the cell", "training steps", "10^12 multiply-accumulates", "time"]
     return Section("methods", "Methods", (), [Table(header, rows)])
+
+
+def _time(training: Figure) -> str:
+    """CPU hours, or minutes of the GPU that was trained on."""
+    device = training.get("device")
+    if device in (None, "cpu"):
+        cpu = training.get("cpu_seconds")
+        return "-" if cpu is None else f"{cpu / 3600:.1f} h of a CPU core"
+    return f"{training['seconds'] / 60:.0f} min of one {device}"
 
 
 def _table_1(result: Figure) -> Section | None:

@@ -17,7 +17,7 @@ import pandas as pd
 from ge2hist_core import rng
 from ge2hist_core.config import READER_CLASSES, SampleConfig
 from ge2hist_core.evaluation.contest import FLOOR, feature_sets, figure_3_verdicts, table_1, verdict
-from ge2hist_core.evaluation.methods import OWN, Method, controls, own, rivals
+from ge2hist_core.evaluation.methods import OWN, Method, controls, own, rivals, trained
 from ge2hist_core.evaluation.read_back import expression_scores, fit_reader, picture_features, recovered
 from ge2hist_core.evaluation.readings import Readings, compare, compare_fully
 from ge2hist_core.evaluation.states import central_class, central_types, classifier_figures, separation
@@ -182,7 +182,7 @@ def evaluate(
     # Before anything slow: a bundle without a reader, wrong weights and unfit rivals end here.
     features, distances = feature_sets(model, kept, inception, lpips)
     cells = store.cells.take(rows)
-    others = rivals(rival_folders, store, cells, asked.seeds, model.config.tile_px, asked.key)
+    others = rivals(rival_folders, store, cells, asked.seeds, model.config.tile_px, sample, asked.key)
     real_images = store.tiles(rows)
     real = asked.read(real_images)
     training_rows = _training_rows(model, store, counts.training_cells, seed)
@@ -195,7 +195,7 @@ def evaluate(
     state = latent.take(np.searchsorted(classified, rows))
 
     methods = [own(model, state, asked.seeds, sample, asked.key), *others, *_controls(asked, cells, training_rows)]
-    methods[0].facts["training"] = {k: (model.report or {}).get(k) for k in ("steps", "seconds", "cells")}
+    methods[0].facts["training"] = trained(model)
     pictures = {method.name: method.pictures(tiles, kept) for method in methods}
     result["methods"] = {method.name: method.to_json() for method in methods}
 

@@ -60,7 +60,7 @@ def objective(seed: int = 0) -> tuple[DecoderObjective, dict[str, torch.Tensor]]
         "grain": torch.from_numpy(g.standard_normal((2, 48, 32, 32), dtype=np.float32)),
     }
     # Evaluating, so that the spectral norm does not move from call to call.
-    return DecoderObjective(part, critic, TRAIN).eval(), batch
+    return DecoderObjective(part, critic, TRAIN.latent_noise).eval(), batch
 
 
 def test_a_decoder_without_grain_draws_as_it_did_once_grain_is_added():

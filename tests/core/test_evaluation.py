@@ -22,6 +22,7 @@ from ge2hist_core.__main__ import COMMANDS, run_command
 from ge2hist_core.config import CELL_TYPES, READER_CLASSES, ModelConfig, SampleConfig
 from ge2hist_core.evaluation import QUICK, Counts, Readings, compare, driver_programmes, evaluate, true_readings
 from ge2hist_core.evaluation.command import add_arguments, counts_of, without_nan
+from ge2hist_core.evaluation.methods import rivals, trained
 from ge2hist_core.evaluation.readings import _resampled
 from ge2hist_core.evaluation.run import _matched_other
 from ge2hist_core.evaluation.states import central_class
@@ -697,6 +698,22 @@ def test_figures_of_a_rival_are_those_of_its_own_pictures(
     distance = ReaderFeatures(model.reader, 0.5).distance(images, store.tiles(rows)).mean()
     written = load(contest)["table_1"]["figures"]["LPIPS-type distance (reader features)"]["rna-gan"]
     assert written["value"] == pytest.approx(distance)
+
+
+def test_another_bundle_among_the_rivals_is_a_control_that_draws_as_it_would(
+    bundle: Path, model: GE2Hist, store: TissueStore
+):
+    donors = sorted(set(store.donors) - model.has_learned_from(store))
+    rows = store.rows(donors)[:3]
+    cells, seeds, sample = store.cells.take(rows), [3, 4, 5], SampleConfig(steps=1)
+    (found,) = rivals([bundle], store, cells, seeds, model.config.tile_px, sample, ["asked", 5])
+    assert (found.kind, found.title) == ("control", f"GE2Hist ({bundle.name})")
+    expected = model.generate(model.encode(model.embed(cells, 5)), seeds, sample)
+    np.testing.assert_array_equal(found.draw(np.arange(3)), expected)
+    assert found.facts["training"] == trained(model)
+    seen = store.cells.take(store.rows(sorted(model.has_learned_from(store)))[:1])
+    with pytest.raises(BadInput, match="has learned from donor"):
+        rivals([bundle], store, seen, [3], model.config.tile_px, sample, ["asked", 5])
 
 
 def test_a_drawn_type_is_looked_for_in_the_middle_with_its_environment_kept(

@@ -226,16 +226,19 @@ def test_settings_without_an_option_and_the_decoder_are_named_too(tmp_path: Path
         "steps": 300,
         "seconds": 90.0,
         "device": "Some GPU",
-        "train": {"autoencoder_batch": 32, "autoencoder_learning_rate": 2e-4, "mixed_precision": "no", "seed": 7},
-    }
+        "train": {
+            "autoencoder_batch": 32, "autoencoder_learning_rate": 2e-4, "adversarial": 0.5,
+            "mixed_precision": "no", "seed": 7,
+        },
+    }  # fmt: skip
     later = TRAINING | {"train": to_json(train), "seconds": 7200.0, "device": "Some GPU", "decoder": decoder}
     card = model_card(write(tmp_path, training=later))
     text, found = section(card, "Made by"), commands(card)
     assert found["train"].config == Path("CONFIG1.json")
     written = text.split("`CONFIG1.json`: `")[1].split("`.")[0]
     assert json.loads(written) == {"train": {"batch_size": 512, "latent_variants": 8}}
-    assert (found["train-decoder"].steps, found["train-decoder"].batch_size) == (300, 32)
-    assert "701 steps of batch 512, 2.0 h on one Some GPU; the decoder 300 steps of batch 32, 2 min on one" in text
+    assert (found["train-decoder"].steps, found["train-decoder"].adversarial) == (300, 0.5)
+    assert "701 steps of batch 512, 2.0 h on one Some GPU; the decoder: 300 steps of batch 32, 2 min on one" in text
 
 
 def test_the_preset_is_the_one_whose_network_the_bundle_has(tmp_path: Path):

@@ -28,7 +28,7 @@ from ge2hist_core.model import GE2Hist
 from ge2hist_core.sampler import alphas_cumprod
 from ge2hist_core.store import TissueStore, write_store
 from ge2hist_core.training import MainObjective, Trainer, class_weights, dihedral, learning_rate
-from ge2hist_core.training_cost import Gpu, hours, stage_costs
+from ge2hist_core.training_cost import Gpu, hours, stage_costs, training_macs
 from ge2hist_core.types import BadInput
 from ge2hist_core.vae import StateEncoder
 
@@ -468,6 +468,21 @@ def test_counted_operations_are_those_of_the_layers():
     assert costs["vae"].flops_per_cell == passes + 2 * (again + 2 * 10 * 16)
     assert costs["main"].flops == costs["main"].flops_per_cell * 3 * 7
     assert hours(989e12 * 0.2 * 3600, Gpu(989.0, 0.2)) == pytest.approx(1.0)
+
+
+def test_all_runs_behind_a_bundle_count_for_its_operations():
+    costs = {cost.stage: cost.flops_per_cell for cost in stage_costs(Preset(MODEL, TRAIN))}
+    first = {"train": to_json(TRAIN), "steps": 7}
+    expected = 7 * 3 * costs["main"] + 3 * 2 * costs["autoencoder"]
+    assert training_macs(MODEL, first) == expected // 2
+    later = {"train": to_json(replace(TRAIN, batch_size=5)), "steps": 2, "started_from": {"training": first}}
+    assert training_macs(MODEL, later) == (expected + 2 * 5 * costs["main"]) // 2
+    grainy = replace(MODEL, grain=True)
+    decoder = {"train": {"autoencoder_batch": 4}, "steps": 1, "started_from": None}
+    once = training_macs(grainy, later | {"decoder": decoder})
+    twice = training_macs(grainy, later | {"decoder": decoder | {"started_from": decoder}})
+    assert 0 < twice - once == once - training_macs(grainy, later)
+    assert training_macs(MODEL, {}) == 0
 
 
 def test_the_command_states_the_cost_of_the_paper_and_its_assumptions(capsys: pytest.CaptureFixture[str]):
