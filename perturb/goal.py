@@ -189,9 +189,9 @@ class Goal:
         return len(self.recipe.cell_ids) * (len(self.sizes) * per_size + starts * (first + further))
 
     @property
-    def units(self) -> int:
-        """What a p-value flips the sign of: the cells where there are several, else the further seeds."""
-        return len(self.recipe.cell_ids) if len(self.recipe.cell_ids) > 1 else len(self.further_seeds)
+    def design(self) -> tuple[int, int]:
+        """How many cells and how many seeds a p-value is over."""
+        return len(self.recipe.cell_ids), len(self.further_seeds)
 
     @property
     def rows(self) -> int:
@@ -200,11 +200,11 @@ class Goal:
 
     def smallest_q(self, rows: int | None = None) -> float:
         """The smallest q that one row alone can reach, by default among the most rows that there can be."""
-        return smallest_q(self.units, self.rows if rows is None else rows)
+        return smallest_q(*self.design, self.rows if rows is None else rows)
 
     def reach(self, rows: int | None = None) -> str:
         """What this design can show at best, one sentence; ``rows`` as for :meth:`smallest_q`."""
-        return reach(self.units, self.rows if rows is None else rows, cells=len(self.recipe.cell_ids) > 1)
+        return reach(*self.design, self.rows if rows is None else rows)
 
     def edited(self, edits: Sequence[Edit], seeds: tuple[int, ...]) -> Recipe:
         """The recipe of a set: the recipe's own edits, then the set's."""

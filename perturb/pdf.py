@@ -171,7 +171,7 @@ def _effects(result: Result) -> Iterator[Figure]:
     y = _forest(figure, y, result.comparison, 0.50)
     y = _write(
         figure, y - 0.01,
-        "Filled: q < 0.05. Lines: 95 % bootstrap intervals over noise seeds, and over cells where there are several. "
+        "Filled: q < 0.05. Lines: 95 % intervals over noise seeds, and over cells where there are several. "
         "They cover how much the model's answer varies, not other donors, repeated experiments or the model's errors.",
         8.5, 112, color="#555555",
     )  # fmt: skip

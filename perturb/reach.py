@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from perturb.stats import FEW
 from perturb.wording import smallest_p
 
 __all__ = ["FALSE_DISCOVERIES", "reach", "smallest_q"]
@@ -12,34 +13,36 @@ FALSE_DISCOVERIES = 0.05
 """A hit's q lies below."""
 
 
-def smallest_q(units: int, rows: int) -> float:
-    """The smallest q that one row alone can reach among ``rows`` tested ones.
+def smallest_q(n_cells: int, n_seeds: int, rows: int) -> float:
+    """The smallest q that one row alone can reach among ``rows`` tested ones; 0, so none, over several cells and seeds.
 
     Where several rows reach the smallest p together, each has that share of it.
 
-    Parameters
-    ----------
-    units: seeds, or cells where there are several: what a p-value flips the sign of.
-
     Examples
     --------
-    >>> round(smallest_q(8, 33), 3), round(smallest_q(12, 33), 3)
+    >>> round(smallest_q(1, 8, 33), 3), round(smallest_q(1, 12, 33), 3)
     (0.258, 0.016)
     """
-    return min(1.0, smallest_p(units) * rows)
+    return min(1.0, smallest_p(n_cells, n_seeds) * rows)
 
 
-def reach(units: int, rows: int, *, cells: bool) -> str:
-    """What ``rows`` tests over ``units`` can show at best, one sentence; ``cells`` says what the units are."""
-    p = smallest_p(units)
-    least = f"With {units} {'cells' if cells else 'seeds'} no p is below {p:.2g}"
+def reach(n_cells: int, n_seeds: int, rows: int) -> str:
+    """What ``rows`` tests over so many cells and seeds can show at best, one sentence."""
+    if min(n_cells, n_seeds) > 1:
+        both = f"With {n_cells} cells and {n_seeds} seeds"
+        if min(n_cells, n_seeds) > FEW:
+            return f"{both} no q is out of reach."
+        few = "cells" if n_cells <= n_seeds else "seeds"
+        return f"{both} only a very clear effect can be shown, so few {few} tell little of others: take more {few}."
+    p, cells = smallest_p(n_cells, n_seeds), n_cells > 1
+    least = f"With {max(n_cells, n_seeds)} {'cells' if cells else 'seeds'} no p is below {p:.2g}"
     needed = math.floor(p * rows / FALSE_DISCOVERIES) + 1
     if needed > rows:
         more = "cells" if cells else "further seeds"
         return f"{least}, so that no q can be below {FALSE_DISCOVERIES:g}: take more {more} to show anything."
     if needed == 1:
-        return f"{least}, and one row alone among {rows} tested can reach q = {smallest_q(units, rows):.2g}."
+        return f"{least}, and one row alone among {rows} tested can reach q = {smallest_q(n_cells, n_seeds, rows):.2g}."
     return (
-        f"{least}: one row alone among {rows} tested cannot go below q = {smallest_q(units, rows):.2g}, and {needed} "
-        f"of them have to reach that p together for q < {FALSE_DISCOVERIES:g}."
+        f"{least}: one row alone among {rows} tested cannot go below q = {smallest_q(n_cells, n_seeds, rows):.2g}, and "
+        f"{needed} of them have to reach that p together for q < {FALSE_DISCOVERIES:g}."
     )

@@ -1,7 +1,8 @@
 """Density and composition of both arms, corrected for the reader's errors, with an interval that knows of them.
 
-The interval of :func:`perturb.stats.crossed_effect` takes the reader at its word. Here cells and seeds are resampled as
-there, and in every resample the reader's errors are drawn anew as another judging would have counted them
+The interval of :func:`perturb.stats.crossed_effect` takes the reader at its word. Here cells and seeds are resampled
+independently of each other (Owen 2007, doi:10.1214/07-AOAS122; levels expanded for the smaller number of the two), and
+in every resample the reader's errors are drawn anew as another judging would have counted them
 (:meth:`ge2hist_core.reader_error.ReaderError.draws`). Both arms share cells, seeds and errors, so that what the reader
 does to both alike cancels from the effect. The noise of reading a finite number of nuclei is already in the spread over
 pictures. Spacing is not corrected: it depends on *which* nuclei are missed.
@@ -16,6 +17,7 @@ import pandas as pd
 
 from ge2hist_core import rng
 from ge2hist_core.reader_error import ReaderError
+from perturb.stats import expanded_tail
 
 __all__ = ["COVERS", "N_RESAMPLES", "corrected_comparison", "count_table"]
 
@@ -74,7 +76,7 @@ def corrected_comparison(
     low = high = share = np.full(corrected.shape[1], np.nan)
     if n_cells * n_seeds > 1:
         effects, fixed = _resampled(arms, error, area_mm2, seed, n_resamples)
-        tail = _tail(n_cells if n_cells > 1 else n_seeds, level)
+        tail = expanded_tail(min(m for m in (n_cells, n_seeds) if m > 1), level)
         low, high = _quantiles(effects, tail), _quantiles(effects, 1 - tail)
         variance = _variance(effects)
         unknown = np.clip(variance - _variance(fixed), 0.0, None)
@@ -132,11 +134,3 @@ def _quantiles(values: np.ndarray, q: float) -> np.ndarray:
         if len(defined):
             out[i] = np.quantile(defined, q)
     return out
-
-
-def _tail(n: int, level: float) -> float:
-    """Level at which a bootstrap of ``n`` units is read, as in :func:`perturb.stats.bootstrap_mean`."""
-    from scipy.stats import norm
-    from scipy.stats import t as student_t
-
-    return float(norm.cdf(np.sqrt(n / (n - 1)) * student_t.ppf((1 - level) / 2, n - 1)))

@@ -20,6 +20,7 @@ from perturb import charts, pictures, wording
 from perturb.grn import pack_network
 from perturb.page import Table, csv_bytes, for_people, json_bytes, json_lines, readme, render, write_files, zip_of
 from perturb.result import TABLES, Result
+from perturb.stats import FEW
 from perturb.tables import LEVEL
 from perturb.wording import NOTICE, Origin
 
@@ -94,8 +95,8 @@ def html(result: Result, evidence: Evidence | None = None) -> str:
         card=result.model_card,
         n_seeds=n_seeds,
         n_cells=n_cells,
-        n_units=n_cells if several else n_seeds,
-        smallest_p=f"{wording.smallest_p(n_cells if several else n_seeds):.2g}",
+        few="" if min(n_cells, n_seeds) > FEW else "cells" if n_cells <= n_seeds else "seeds",
+        smallest_p=f"{wording.smallest_p(n_cells, n_seeds):.2g}",
         level=f"{100 * LEVEL:g} %",
         cells=[_cell_pictures(result, c) for c in range(min(FEW_CELLS, n_cells))],
         more_cells=max(0, n_cells - FEW_CELLS),

@@ -188,18 +188,18 @@ class Screen:
         return -(-min(self.keep, len(self.candidates)) // 2)
 
     @property
-    def units(self) -> int:
-        """What a p-value flips the sign of: the cells where there are several, else the further seeds."""
-        return len(self.recipe.cell_ids) if len(self.recipe.cell_ids) > 1 else len(self.further_seeds)
+    def design(self) -> tuple[int, int]:
+        """How many cells and how many seeds a p-value is over."""
+        return len(self.recipe.cell_ids), len(self.further_seeds)
 
     def smallest_q(self, rows: int | None = None) -> float:
         """The smallest q that one row alone can reach among ``rows`` tested ones, by default the most there can be."""
-        return smallest_q(self.units, self.tested * len(READOUTS) if rows is None else rows)
+        return smallest_q(*self.design, self.tested * len(READOUTS) if rows is None else rows)
 
     def reach(self, rows: int | None = None) -> str:
         """What this design can show at best, one sentence; ``rows`` as for :meth:`smallest_q`."""
         rows = self.tested * len(READOUTS) if rows is None else rows
-        return reach(self.units, rows, cells=len(self.recipe.cell_ids) > 1)
+        return reach(*self.design, rows)
 
     @property
     def edited_pictures(self) -> int:

@@ -48,13 +48,16 @@ FILES = {
 
 def html(screen: Screen, result: ScreenResult, origin: Origin) -> str:
     """The report as one page."""
-    recipe, several, units = screen.recipe, len(screen.recipe.cell_ids) > 1, screen.units
+    recipe, (n_cells, n_seeds) = screen.recipe, screen.design
+    several, least = n_cells > 1, wording.smallest_p(n_cells, n_seeds)
     confirmed, untested, hits = hits_first(result)
     n_drawn = result.confirmed["candidate"].nunique() if len(result.confirmed) else 0
     shown = max(LEADING, n_drawn)
     guess = labelled(result.guess)
     moved = [(readout, rows) for readout, rows in _by_readout(confirmed) if (rows["p"] < 1).any()]
-    volcanos = {f"volcano{i}": _volcano(rows, readout, units) for i, (readout, rows) in enumerate(moved)}
+    volcanos = {
+        f"volcano{i}": _volcano(rows, readout, least or confirmed["p"].min()) for i, (readout, rows) in enumerate(moved)
+    }
     still = [charts.readable(name) for name in dict.fromkeys(confirmed["readout"]) if name not in dict(moved)]
     drawn = charts.ranking(guess.assign(candidate=_tags(guess["candidate"])), screen.readout, n_drawn)
     return render(
@@ -85,7 +88,7 @@ def html(screen: Screen, result: ScreenResult, origin: Origin) -> str:
         first_seeds=len(screen.first_seeds),
         further_seeds=len(screen.further_seeds),
         several=several,
-        n_units=units,
+        n_cells=n_cells,
         reach=screen.reach(len(confirmed) or None),
         seen=f"{100 * SEEN:g} %",
         matched=MATCHED,
@@ -196,7 +199,7 @@ def _by_readout(confirmed: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(name, confirmed[confirmed["readout"] == name]) for name in order]
 
 
-def _volcano(rows: pd.DataFrame, readout: str, units: int) -> go.Figure:
+def _volcano(rows: pd.DataFrame, readout: str, least: float) -> go.Figure:
     """One readout's volcano: zero in the middle, all p that can be reached in view, names where they can be read."""
     scale = 100.0 if readout.startswith("fraction:") else 1.0
     rows = rows.assign(**{name: rows[name] * scale for name in ("effect", "low", "high")})
@@ -209,7 +212,7 @@ def _volcano(rows: pd.DataFrame, readout: str, units: int) -> go.Figure:
     reach = 1.25 * max(rows["effect"].abs().max(), 1e-12)
     figure.update_traces(text=text, cliponaxis=False)
     figure.update_xaxes(range=[-reach, reach], title_font_size=12)
-    figure.update_yaxes(range=[0, -1.15 * np.log10(wording.smallest_p(units))])
+    figure.update_yaxes(range=[0, -1.15 * np.log10(least)])
     return figure.update_layout(title={"text": charts.readable(readout), "font": {"size": 15}}, height=320)
 
 

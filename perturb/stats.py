@@ -23,6 +23,7 @@ __all__ = [
     "clustered_ratio",
     "crossed_effect",
     "crossed_mean",
+    "expanded_tail",
     "pairing_gain",
     "seeds_for",
     "sign_flip_p",
@@ -30,6 +31,9 @@ __all__ = [
 
 EXACT_UP_TO = 16
 """All ``2**n`` sign patterns are counted up to this many pairs, above that they are sampled."""
+
+FEW = 3
+"""Up to so many cells, or seeds, their own degrees of freedom are the limit."""
 
 N_BOOTSTRAP = 4000
 N_FLIPS = 9999
@@ -70,30 +74,36 @@ def bootstrap_mean(values: np.ndarray, seed: int, level: float = 0.95) -> Estima
     if n < 2:
         return Estimate(mean, float("nan"), float("nan"), n, level)
     picks = rng.stream(seed, "bootstrap", n).integers(0, n, size=(N_BOOTSTRAP, n))
-    tail = _expanded_tail(n, level)
+    tail = expanded_tail(n, level)
     low, high = np.quantile(values[picks].mean(axis=1), [tail, 1 - tail])
     return Estimate(mean, float(low), float(high), n, level)
 
 
-def _expanded_tail(n: int, level: float) -> float:
+def expanded_tail(n: int, level: float) -> float:
+    """Level at which the bootstrap distribution of ``n`` units is read, see :func:`bootstrap_mean`."""
     return float(norm.cdf(np.sqrt(n / (n - 1)) * student_t.ppf((1 - level) / 2, n - 1)))
 
 
 def crossed_mean(values: np.ndarray, seed: int, level: float = 0.95) -> Estimate:
-    """Mean over cells and seeds, with an interval over both.
+    r"""Mean over cells and seeds, with an interval over both.
 
-    Every cell is drawn with every seed, so the values are crossed. Cells and seeds are resampled independently of each
-    other (the pigeonhole bootstrap, Owen 2007, doi:10.1214/07-AOAS122), which is somewhat wide where neither matters
-    and right where cells, or seeds, differ. Its levels are expanded as in :func:`bootstrap_mean`, for the number of
-    cells. With one cell it is :func:`bootstrap_mean` over the seeds.
+    Every cell is drawn with every seed: a crossed design of two random factors, in which values of one cell, and of one
+    seed, belong together. With :math:`C` cells, :math:`S` seeds and the mean squares of cells, seeds and rest
+    (:math:`M_c, M_s, M_r`) the variance of the mean is :math:`\max(M_c + M_s - M_r, M_c, M_s, M_r) / (CS)`, the
+    interval Student's with the degrees of freedom of Satterthwaite 1946 (doi:10.2307/3002019), at most the smaller of
+    :math:`C - 1` and :math:`S - 1` where that is 1 or 2: two or three units hardly tell how much units differ.
+
+    With one cell the interval is that of :func:`bootstrap_mean` over its seeds and says nothing of other cells; with
+    one seed it is that over the cells and says nothing of other noise.
 
     Parameters
     ----------
-    values: ``[cell, seed]``; NaN (undefined readout) is left out.
+    values: ``[cell, seed]``; NaN (undefined readout) is left out. seed: of the bootstrap.
 
     Returns
     -------
-    Estimate: ``n`` counts the defined values; no interval where there is a single cell and a single seed.
+    Estimate: ``n`` counts the defined values, ``p`` is left NaN; no interval where there is a single cell and a single
+    seed.
     """
     values = np.asarray(values, dtype=np.float64)
     n_cells, n_seeds = values.shape
@@ -101,19 +111,35 @@ def crossed_mean(values: np.ndarray, seed: int, level: float = 0.95) -> Estimate
         return bootstrap_mean(values[0], seed, level)
     if n_seeds == 1:
         return bootstrap_mean(values[:, 0], seed, level)
-    defined = np.isfinite(values)
-    n = int(defined.sum())
+    n = int(np.isfinite(values).sum())
     if n == 0:
         return Estimate(float("nan"), float("nan"), float("nan"), 0, level)
-    draws = rng.stream(seed, "crossed bootstrap", n_cells, n_seeds)
-    cells = _weights(draws, n_cells)
-    seeds = _weights(draws, n_seeds)
-    total = np.einsum("bc,cs,bs->b", cells, np.where(defined, values, 0.0), seeds)
-    count = np.einsum("bc,cs,bs->b", cells, defined.astype(float), seeds)
-    means = total[count > 0] / count[count > 0]
-    tail = _expanded_tail(n_cells, level)
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Estimate(float(values[defined].mean()), float(low), float(high), n, level)
+    mean, error, freedom = _crossed(values)
+    half = student_t.ppf((1 + level) / 2, freedom) * error
+    return Estimate(mean, float(mean - half), float(mean + half), n, level)
+
+
+def _crossed(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean, its standard error and degrees of freedom over two random factors ``[cell, seed]``.
+
+    Rows and columns without a value are left out; where one row or one column is left, the factor that is left.
+    """
+    values = values[np.isfinite(values).any(axis=1)][:, np.isfinite(values).any(axis=0)]
+    mean, (c, s) = float(np.nanmean(values)), values.shape
+    if min(c, s) == 1:
+        units = values[np.isfinite(values)]
+        if len(units) < 2:
+            return mean, float("nan"), 1.0
+        return mean, float(units.std(ddof=1) / np.sqrt(len(units))), len(units) - 1.0
+    cell, column, rest = _mean_squares(values)
+    parts = ((cell, c - 1.0), (column, s - 1.0), (rest, (c - 1.0) * (s - 1.0)))
+    both = cell + column - rest
+    largest, freedom = max(parts)
+    if both > largest:
+        largest, freedom = both, both**2 / sum(square**2 / df for square, df in parts)
+    if min(c, s) <= FEW:
+        freedom = min(freedom, min(c, s) - 1.0)
+    return mean, float(np.sqrt(largest / np.isfinite(values).sum())), max(1.0, freedom)
 
 
 def _weights(draws: np.random.Generator, n: int) -> np.ndarray:
@@ -122,10 +148,12 @@ def _weights(draws: np.random.Generator, n: int) -> np.ndarray:
 
 
 def crossed_effect(base: np.ndarray, edited: np.ndarray, seed: int, level: float = 0.95) -> Estimate:
-    """Mean of ``edited - base`` over cells and seeds, interval of :func:`crossed_mean`, sign-flip p.
+    """Mean of ``edited - base`` over cells and seeds, interval and p over both.
 
-    The unit that p flips is the cell (its mean over seeds) where there are several, else the seed: draws of one cell do
-    not stand in for other cells.
+    With several cells and seeds p is that of Student's test that goes with the interval of :func:`crossed_mean`; the
+    sign flip would take cells for independent that share their seeds. Where the differences are all alike up to
+    rounding, and with one cell or one seed, p is that of :func:`sign_flip_p`, of the factor with fewer units: draws of
+    one cell do not stand in for other cells.
 
     Parameters
     ----------
@@ -140,8 +168,19 @@ def crossed_effect(base: np.ndarray, edited: np.ndarray, seed: int, level: float
         raise ValueError(f"pairs need two [cell, seed] arrays, got shapes {base.shape} and {edited.shape}")
     difference = edited - base
     found = crossed_mean(difference, seed, level)
-    units = difference[0] if len(difference) == 1 else _row_means(difference)
-    return Estimate(found.value, found.low, found.high, found.n, level, sign_flip_p(units, seed))
+    return Estimate(found.value, found.low, found.high, found.n, level, _crossed_p(difference, seed))
+
+
+def _crossed_p(difference: np.ndarray, seed: int) -> float:
+    defined = np.isfinite(difference)
+    if not defined.any():
+        return float("nan")
+    if 1 in difference.shape:
+        return sign_flip_p(difference.ravel(), seed)
+    mean, error, freedom = _crossed(difference)
+    if not error > 1e-9 * np.abs(difference[defined]).max():
+        return max(sign_flip_p(_row_means(difference), seed), sign_flip_p(_row_means(difference.T), seed))
+    return float(2 * student_t.sf(abs(mean) / error, freedom))
 
 
 def _row_means(values: np.ndarray) -> np.ndarray:
@@ -308,15 +347,21 @@ def _least_n(s: float, half_width: float, level: float) -> int:
     return high
 
 
-def _components(values: np.ndarray) -> tuple[float, float, float]:
-    """Variance components of cells, seeds and rest, each at least 0; ``[cell, seed]``, a gap filled additively."""
+def _mean_squares(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean squares of cells, seeds and rest; ``[cell, seed]`` of at least two each, a gap filled additively."""
     rows, columns = _row_means(values), _row_means(values.T)
     grand = float(np.nanmean(values))
     fitted = rows[:, None] + columns[None] - grand
     filled = np.where(np.isfinite(values), values, fitted)
     c, s = values.shape
     rest = float(((filled - fitted) ** 2).sum() / ((c - 1) * (s - 1)))
-    cell, seed = s * float(rows.var(ddof=1)), c * float(columns.var(ddof=1))  # mean squares
+    return s * float(rows.var(ddof=1)), c * float(columns.var(ddof=1)), rest
+
+
+def _components(values: np.ndarray) -> tuple[float, float, float]:
+    """Variance components of cells, seeds and rest, each at least 0."""
+    cell, seed, rest = _mean_squares(values)
+    c, s = values.shape
     return max(0.0, (cell - rest) / s), max(0.0, (seed - rest) / c), rest
 
 
@@ -350,6 +395,6 @@ def clustered_ratio(
     weights = _weights(rng.stream(seed, "clustered bootstrap", len(names)), len(names))
     below = weights @ bottom
     drawn = (weights @ top)[below > 0] / below[below > 0]
-    tail = _expanded_tail(len(names), level)
+    tail = expanded_tail(len(names), level)
     low, high = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else (float("nan"), float("nan"))
     return Estimate(value, float(low), float(high), n, level)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ge2hist_core.support import OUTSIDE
+from perturb.stats import FEW
 from perturb.wording import smallest_p
 
 if TYPE_CHECKING:
@@ -200,8 +201,12 @@ def _q(row: Mapping[str, Any], n_cells: int, tested: int) -> Check:
         f"q = {row['q']:.2g} is {'below' if passed else 'not below'} {Q:g} (p = {row['p']:.2g}, adjusted over all "
         f"{tested} readouts)."
     )
-    units, unit = (n_cells, "cells") if n_cells > 1 else (int(row["n"]), "seeds")
-    least = smallest_p(units)
+    n_seeds = -(-int(row["n"]) // n_cells)
+    units, unit = (n_cells, "cells") if n_cells > 1 else (n_seeds, "seeds")
+    least = smallest_p(n_cells, n_seeds)
+    if not passed and 1 < min(n_cells, n_seeds) <= FEW:
+        few = "cells" if n_cells <= n_seeds else "seeds"
+        text += f" {n_cells} cells and {n_seeds} seeds show only a very clear effect: compare over more {few}."
     if not passed and least * tested >= Q:
         text += (
             f" The smallest p that {units} {unit} can give is {least:.2g}, for one readout among {tested} q = "

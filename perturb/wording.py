@@ -62,7 +62,7 @@ REFERENCES = {
     "ddim": "Song et al. 2021, arXiv:2010.02502",
     "dpm++": "Lu et al. 2022, arXiv:2211.01095",
     "bootstrap": "Hesterberg 2015, doi:10.1080/00031305.2015.1089789",
-    "crossed": "Owen 2007, doi:10.1214/07-AOAS122",
+    "crossed": "Satterthwaite 1946, doi:10.2307/3002019",
     "p": "Phipson and Smyth 2010, doi:10.2202/1544-6115.1585",
     "q": "Benjamini and Hochberg 1995, doi:10.1111/j.2517-6161.1995.tb02031.x",
     "filter": "Bourgon et al. 2010, doi:10.1073/pnas.0914005107",
@@ -252,22 +252,48 @@ def _kind(screen: Screen) -> str:
     return "signature" if all(isinstance(part, EditSet) and part.dose is not None for part in parts) else "edit"
 
 
-def smallest_p(n: int) -> float:
-    """Smallest sign-flip p that ``n`` units can give: the observed signs and their reverse count among all.
+def smallest_p(n_cells: int, n_seeds: int) -> float:
+    """Smallest p that a design can give, see :func:`perturb.stats.crossed_effect`.
+
+    By sign flips, over the seeds of one cell or the cells of one seed: the observed signs and their reverse count among
+    all. 0, so none, over several cells and seeds.
 
     Examples
     --------
-    >>> smallest_p(5), smallest_p(6), smallest_p(100)
-    (0.0625, 0.03125, 0.0001)
+    >>> smallest_p(1, 5), smallest_p(6, 1), smallest_p(1, 100), smallest_p(8, 4)
+    (0.0625, 0.03125, 0.0001, 0.0)
     """
+    if min(n_cells, n_seeds) > 1:
+        return 0.0
+    n = max(n_cells, n_seeds)
     return min(1.0, 2.0 ** (1 - n)) if n <= EXACT_UP_TO else 1 / (N_FLIPS + 1)
+
+
+def _statistics(n_cells: int, n_seeds: int, adjusted: str) -> str:
+    """Interval, p and q of paired effects as a method section describes them."""
+    if min(n_cells, n_seeds) > 1:
+        return (
+            f"Effects are mean paired differences (edited - unedited) with {100 * LEVEL:g} % intervals over {n_cells} "
+            f"cells and {n_seeds} noise seeds as two crossed random factors (mean squares; Student's quantiles, "
+            "degrees of freedom of Satterthwaite 1946). P-values are two-sided and of the same test, under the null hypothesis "
+            f"that the mean difference over cells and seeds is zero; q-values adjust them over {adjusted} (Benjamini "
+            "and Hochberg 1995)."
+        )
+    unit, n = ("cell", n_cells) if n_cells > 1 else ("noise seed", n_seeds)
+    flips = f"all {2**n:,} sign patterns" if n <= EXACT_UP_TO else f"{N_FLIPS:,} random sign patterns"
+    return (
+        f"Effects are mean paired differences (edited - unedited) with {100 * LEVEL:g} % bootstrap intervals over "
+        f"{unit}s ({N_BOOTSTRAP:,} resamples, percentile levels expanded for small samples; Hesterberg 2015). P-values "
+        f"are two-sided sign-flip p-values under the null hypothesis that the paired differences, one per {unit} (n = "
+        f"{n}), are symmetric about zero ({flips}; the smallest possible p is {smallest_p(n_cells, n_seeds):.2g}; "
+        f"Phipson and Smyth 2010); q-values adjust them over {adjusted} (Benjamini and Hochberg 1995)."
+    )
 
 
 def method(result: Result, evidence: Evidence | None = None) -> str:
     """The comparison, and the evidence on it, as a paper's method section would describe it."""
     recipe, origin = result.recipe, Origin.of_result(result)
     n_cells, n_seeds = len(recipe.cell_ids), len(recipe.seeds)
-    several = n_cells > 1
     edits = f"an edit in silico ({label(recipe.perturbation)})" if recipe.perturbation else "no edit"
     spread = ""
     if recipe.propagation is not None and recipe.perturbation:
@@ -278,11 +304,7 @@ def method(result: Result, evidence: Evidence | None = None) -> str:
             f"{how.quantiles[1]:g} of the cells at hand). The same was drawn without spreading and with networks of "
             "randomised wiring, another one for each noise seed, as controls."
         )
-    unit, n = ("cell", n_cells) if several else ("noise seed", n_seeds)
-    resampled = "cells and noise seeds, resampled independently" if several else "noise seeds"
-    flips = f"all {2**n:,} sign patterns" if n <= EXACT_UP_TO else f"{N_FLIPS:,} random sign patterns"
     tested = int(result.comparison["p"].notna().sum())
-    cited = "Hesterberg 2015; Owen 2007" if several else "Hesterberg 2015"
     further = ""
     if evidence is not None:
         from perturb.evidence_words import method as of_evidence
@@ -292,12 +314,8 @@ def method(result: Result, evidence: Evidence | None = None) -> str:
         f"Raw counts of {_cells(recipe.cell_ids)} ({origin.source}, SHA-256 {recipe.data_sha256}) were used as they "
         f"are and after {edits}.{spread} {_drawing(recipe, origin)} Each cell was drawn with "
         f"{_count(n_seeds, 'noise seed')} ({seeds_in_words(recipe.seeds)}); the arms shared all noise of a seed, so "
-        f"that the pictures of a pair differ by the edit alone. {_reading()} Effects are mean paired differences "
-        f"(edited - unedited) with {100 * LEVEL:g} % bootstrap intervals over {resampled} ({N_BOOTSTRAP:,} resamples, "
-        f"percentile levels expanded for small samples; {cited}). P-values are two-sided sign-flip p-values under the "
-        f"null hypothesis that the paired differences, one per {unit} (n = {n}), are symmetric about zero ({flips}; "
-        f"the smallest possible p is {smallest_p(n):.2g}; Phipson and Smyth 2010); q-values adjust them over "
-        f"{_count(tested, 'readout')} (Benjamini and Hochberg 1995). {further + ' ' * bool(further)}"
+        f"that the pictures of a pair differ by the edit alone. {_reading()} "
+        f"{_statistics(n_cells, n_seeds, _count(tested, 'readout'))} {further + ' ' * bool(further)}"
         f"{_made_with(recipe, origin)} Recipe SHA-256 {recipe.hash}. All pictures are generated; intervals "
         "and p-values speak of this model's answer, not of donors or repeated experiments."
     )
@@ -316,8 +334,6 @@ def screen_method(screen: Screen, result: ScreenResult, origin: Origin) -> str:
     ranked = {"shift": "the Euclidean change of the expected root counts of all neighbours"}.get(
         screen.readout, f"the expected change of {screen.readout}"
     )
-    several = len(recipe.cell_ids) > 1
-    units = len(recipe.cell_ids) if several else len(screen.further_seeds)
     tested = int(result.confirmed["p"].notna().sum()) if len(result.confirmed) else 0
     return (
         f"{_count(n, _kind(screen))} were compared, each by itself in the raw counts of {_cells(recipe.cell_ids)} "
@@ -330,12 +346,7 @@ def screen_method(screen: Screen, result: ScreenResult, origin: Origin) -> str:
         f"Both arms shared all noise of a seed. {_reading()} Noise seeds {seeds_in_words(screen.first_seeds)} chose "
         "the better half, by the largest paired difference in standard errors; effects, intervals and p-values come "
         f"from the further seeds {seeds_in_words(screen.further_seeds)} alone, which took no part in the choice. "
-        f"Effects are mean paired differences (edited - unedited) with {100 * LEVEL:g} % bootstrap intervals ("
-        f"{N_BOOTSTRAP:,} resamples; Hesterberg 2015{'; Owen 2007' if several else ''}); p-values are two-sided "
-        "sign-flip p-values under the null hypothesis of differences symmetric about zero "
-        f"({units} {'cells' if several else 'seeds'}, smallest possible p "
-        f"{smallest_p(units):.2g}; Phipson and Smyth 2010), adjusted over all {tested} tested "
-        "pairs of candidate and readout (Benjamini and Hochberg 1995). Shares of types that "
+        f"{_statistics(*screen.design, f'all {tested} tested pairs of candidate and readout')} Shares of types that "
         "fewer than half of the picture pairs show in either arm were not tested (independent filtering, Bourgon et "
         "al. 2010). An effect is called replicated if both sets of "
         f"seeds agree in its sign. {_made_with(recipe, origin)} Screen SHA-256 {screen.hash}. All pictures are "
@@ -375,8 +386,9 @@ def _made_with(recipe: Recipe, origin: Origin) -> str:
 
 def references(recipe: Recipe, screen: bool = False) -> list[str]:
     """Works that the method paragraph cites, in its order."""
-    names = ["GE2Hist", "scGPT", recipe.sample.solver, "bootstrap"]
-    names += ["crossed"] * (len(recipe.cell_ids) > 1) + ["p", "q"] + ["filter"] * screen
+    crossed = min(len(recipe.cell_ids), 2 if screen else len(recipe.seeds)) > 1
+    names = ["GE2Hist", "scGPT", recipe.sample.solver, *(["crossed"] if crossed else ["bootstrap", "p"]), "q"]
+    names += ["filter"] * screen
     return [REFERENCES[name] for name in names]
 
 

@@ -216,7 +216,7 @@ def contrast_table(names: Sequence[str], results: Sequence[Result], reference: s
     Returns
     -------
     DataFrame ``scenario, reference, readout, unit, reference_mean, mean, effect, low, high, p, q, n, over``: ``effect``
-    is scenario minus reference in the readout's unit, ``low`` to ``high`` its 95 % interval, p by sign flips, q
+    is scenario minus reference in the readout's unit, ``low`` to ``high`` its 95 % interval, p of the same design, q
     adjusted within each scenario, n the pairs, ``over`` what the interval covers.
 
     Raises

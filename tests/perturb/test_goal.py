@@ -354,7 +354,7 @@ def test_with_the_seeds_of_a_screen_one_row_alone_can_be_a_hit_and_with_eight_no
     assert f"{needed} of them have to reach that p together" in eight.reach()
     assert "no q can be below 0.05: take more further seeds" in goal.reach()
     several = replace(standard, recipe=replace(goal.recipe, cell_ids=("cell-3", "cell-4")))
-    assert several.units == 2 and "take more cells" in several.reach()
+    assert several.design[0] == 2 and "take more cells" in several.reach()
 
 
 def test_a_screen_and_a_goal_of_as_many_rows_reach_as_far(tiny_bundle) -> None:
