@@ -23,7 +23,7 @@ cover another training of the model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -67,9 +67,11 @@ class Estimate:
     n: int
     donors: int
     covers: str
+    drawn: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
+    """``[resample]`` behind the interval; those of two methods on the same donors and seed belong together in pairs."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "drawn"}
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,11 @@ class KID:
     subsets: int
     donors: int
     covers: str
+    drawn: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
+    """``[resample]`` behind the interval; those of two methods on the same donors and seed belong together in pairs."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "drawn"}
 
 
 def polynomial_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -194,6 +198,7 @@ def kid(
     )
     names = sorted({str(name) for group in groups for name in group})
     low = high = None
+    drawn = np.empty(0)
     if bootstrap > 1:
         kernels = (
             polynomial_kernel(real, real),
@@ -205,7 +210,18 @@ def kid(
         reach = _reach(drawn, len(names), min(n, m))
         low, high = (value - reach, value + reach) if np.isfinite(reach) else (None, None)
     return KID(
-        f"KID ({features} features)", value, low, high, spread, n, m, size, subsets, len(names), _covers(len(names))
+        f"KID ({features} features)",
+        value,
+        low,
+        high,
+        spread,
+        n,
+        m,
+        size,
+        subsets,
+        len(names),
+        _covers(len(names)),
+        drawn,
     )
 
 
@@ -264,7 +280,7 @@ def paired_mean(
     drawn = np.array([w @ distance / w.sum() for w in copies])
     value, reach = float(distance.mean()), _reach(drawn, len(names), n) if n > 1 else float("nan")
     low, high = (value - reach, value + reach) if np.isfinite(reach) else (None, None)
-    return Estimate(name, value, low, high, float(distance.std()), n, len(names), _covers(len(names)))
+    return Estimate(name, value, low, high, float(distance.std()), n, len(names), _covers(len(names)), drawn)
 
 
 def _check(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

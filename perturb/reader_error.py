@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from ge2hist_core import rng
+from ge2hist_core.intervals import expanded_tail
 from ge2hist_core.reader_error import ReaderError
-from perturb.stats import expanded_tail
 
 __all__ = ["COVERS", "N_RESAMPLES", "corrected_comparison", "count_table"]
 

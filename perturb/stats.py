@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from ge2hist_core import rng
+from ge2hist_core.intervals import expanded_tail
 from ge2hist_core.types import BadInput
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "clustered_ratio",
     "crossed_effect",
     "crossed_mean",
-    "expanded_tail",
     "pairing_gain",
     "seeds_for",
     "sign_flip_p",
@@ -52,11 +51,7 @@ class Estimate:
 
 
 def bootstrap_mean(values: np.ndarray, seed: int, level: float = 0.95) -> Estimate:
-    r"""Mean with its expanded percentile bootstrap interval.
-
-    The plain percentile interval of a mean is too narrow by about ``sqrt((n - 1) / n)`` and by Student's against
-    normal quantiles. Both are mended by reading the bootstrap distribution at the levels
-    :math:`\Phi(\pm\sqrt{n/(n-1)}\,t_{n-1})` (Hesterberg 2015, doi:10.1080/00031305.2015.1089789).
+    """Mean with its percentile bootstrap interval, expanded (:func:`ge2hist_core.intervals.expanded_tail`).
 
     Parameters
     ----------
@@ -77,11 +72,6 @@ def bootstrap_mean(values: np.ndarray, seed: int, level: float = 0.95) -> Estima
     tail = expanded_tail(n, level)
     low, high = np.quantile(values[picks].mean(axis=1), [tail, 1 - tail])
     return Estimate(mean, float(low), float(high), n, level)
-
-
-def expanded_tail(n: int, level: float) -> float:
-    """Level at which the bootstrap distribution of ``n`` units is read, see :func:`bootstrap_mean`."""
-    return float(norm.cdf(np.sqrt(n / (n - 1)) * student_t.ppf((1 - level) / 2, n - 1)))
 
 
 def crossed_mean(values: np.ndarray, seed: int, level: float = 0.95) -> Estimate:

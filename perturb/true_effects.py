@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,21 @@ READOUTS = ("density", *(f"fraction:{name}" for name in READER_CLASSES))
 def truth_folder(data: Path) -> Path:
     """Where the readings of a store are kept: ``NAME.truth`` beside ``NAME.zarr``."""
     return data.with_suffix(".truth")
+
+
+@cache
+def _tissue_version() -> str:
+    """SHA-256 of the files that decide where a simulated tissue's cells are: readings of another version are not read.
+
+    The store's own identity says which cells it holds, not what the simulator would make of them under an edit.
+    """
+    import ge2hist_core.simulator
+
+    folder = Path(ge2hist_core.simulator.__file__).parent
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in _TISSUE_FILES)).hexdigest()
+
+
+_TISSUE_FILES = ("genes.csv", "programmes.py", "tissue.py")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +115,7 @@ class TrueTissue:
     def _path(self, donor: str, acting: tuple[tuple[str, float], ...]) -> Path | None:
         if self.folder is None:
             return None
-        digest = hashlib.sha256(json.dumps([donor, self.tile_um, acting]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([_tissue_version(), donor, self.tile_um, acting]).encode()).hexdigest()
         return self.folder / f"{donor}-{digest[:24]}.npz"
 
     def _rows(self, donor: str) -> np.ndarray:

@@ -275,9 +275,9 @@ def _statistics(n_cells: int, n_seeds: int, adjusted: str) -> str:
         return (
             f"Effects are mean paired differences (edited - unedited) with {100 * LEVEL:g} % intervals over {n_cells} "
             f"cells and {n_seeds} noise seeds as two crossed random factors (mean squares; Student's quantiles, "
-            "degrees of freedom of Satterthwaite 1946). P-values are two-sided and of the same test, under the null hypothesis "
-            f"that the mean difference over cells and seeds is zero; q-values adjust them over {adjusted} (Benjamini "
-            "and Hochberg 1995)."
+            "degrees of freedom of Satterthwaite 1946). P-values are two-sided and of the same test, under the null "
+            f"hypothesis that the mean difference over cells and seeds is zero; q-values adjust them over {adjusted} "
+            "(Benjamini and Hochberg 1995)."
         )
     unit, n = ("cell", n_cells) if n_cells > 1 else ("noise seed", n_seeds)
     flips = f"all {2**n:,} sign patterns" if n <= EXACT_UP_TO else f"{N_FLIPS:,} random sign patterns"

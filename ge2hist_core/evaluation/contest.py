@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ge2hist_core.evaluation.methods import OWN, Method
-from ge2hist_core.evaluation.readings import FIGURES, Comparison
+from ge2hist_core.evaluation.readings import FIGURES, Comparison, reach
 from ge2hist_core.evaluation.work import Kept, Work
 from ge2hist_core.files import sha256_file
-from ge2hist_core.metrics import kid, paired_mean
+from ge2hist_core.metrics import KID, Estimate, kid, paired_mean
 
 if TYPE_CHECKING:
     from ge2hist_core.image_features import Features
@@ -68,7 +68,7 @@ def table_1(
     distances: Sequence[Any],
     donor: np.ndarray,
     seed: int,
-) -> dict[str, dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
     """KID and distance to the real tile of each method, by figure and method.
 
     Parameters
@@ -78,25 +78,29 @@ def table_1(
 
     Returns
     -------
-    Figure's name -> method -> :class:`ge2hist_core.metrics.KID` or :class:`~ge2hist_core.metrics.Estimate` as JSON.
-    Reader and stain-texture features are standardised by the real tiles.
+    Figure's name -> method -> :class:`ge2hist_core.metrics.KID` or :class:`~ge2hist_core.metrics.Estimate` as JSON, and
+    figure's name -> method -> ``[resample]``, the same resamples for every method. Features of reader and stain-texture
+    are standardised by the real tiles.
     """
     from ge2hist_core.image_features import Standardised
 
     out: dict[str, dict[str, Any]] = {}
+    drawn: dict[str, dict[str, np.ndarray]] = {}
+
+    def keep(method: str, found: KID | Estimate) -> None:
+        out.setdefault(found.name, {})[method] = found.to_json()
+        drawn.setdefault(found.name, {})[method] = found.drawn
+
     for raw in features:
         space = raw if raw.name.startswith("Inception") else Standardised(raw, real)
         target = space(real)
         for name, images in pictures.items():
-            found = kid(target, space(images), raw.name, seed, donor_real=donor, donor_generated=donor, paired=True)
-            out.setdefault(found.name, {})[name] = found.to_json()
+            keep(name, kid(target, space(images), raw.name, seed, donor_real=donor, donor_generated=donor, paired=True))
     for measure in distances:
         title = distance_name(measure)
         for name, images in pictures.items():
-            out.setdefault(title, {})[name] = paired_mean(
-                measure.distance(images, real), title, seed, donor=donor
-            ).to_json()
-    return out
+            keep(name, paired_mean(measure.distance(images, real), title, seed, donor=donor))
+    return out, drawn
 
 
 # --- who wins ---------------------------------------------------------------------------------------------------------
@@ -121,7 +125,8 @@ def figure_3_verdicts(comparisons: Mapping[str, Comparison], methods: Sequence[M
             if key in comparison.value:
                 entries[method] = _absolute(key, comparison)
                 drawn[method] = comparison.drawn[key]
-        found = verdict(label, entries, methods, factor, unit, form, drawn)
+        freedom = comparisons[OWN].freedom if OWN in comparisons else 0
+        found = verdict(label, entries, methods, drawn, freedom, factor, unit, form)
         if found:
             out.append(found)
     return out
@@ -142,67 +147,61 @@ def verdict(
     figure: str,
     entries: Mapping[str, tuple[float, float | None, float | None]],
     methods: Sequence[Method],
+    drawn: Mapping[str, np.ndarray],
+    freedom: int,
     factor: float = 1.0,
     unit: str = "",
     form: str = ".4f",
-    drawn: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any] | None:
-    """Who is nearest to the real tiles in one figure, the smaller the nearer, said with its intervals.
+    """Who is nearest to the real tiles in one figure, the smaller the nearer, by paired differences.
+
+    All methods are judged on the same donors and cells, so a difference is far better known than its two sides: its
+    interval is ``difference +- t sd`` over the common resamples. GE2Hist is nearer than a rival, or farther, where that
+    interval excludes 0; else the two cannot be told apart.
 
     Parameters
     ----------
     entries: method -> value, low, high. methods: models and rivals compete, controls do not.
-    drawn: method -> ``[resample]``, paired: then it is also said in how many of them GE2Hist is nearer.
+    drawn: method -> ``[resample]``, the same resamples of donors and cells for all. freedom: of Student's t, resampled
+        units (donors) less 1.
 
     Returns
     -------
-    None where GE2Hist has no rival with this figure.
+    ``figure``; ``against``: per rival ``difference`` (GE2Hist less rival), ``low``, ``high`` and ``result``: nearer,
+    farther or undecided; ``nearer``, ``farther``, ``undecided``: how many; ``ge2hist_wins``: nearer than every rival;
+    ``sentence``. None where GE2Hist has no rival with this figure.
     """
     titles = {m.name: m.title for m in methods if m.kind != "control"}
     of = {name: entries[name] for name in titles if name in entries and math.isfinite(entries[name][0])}
     if OWN not in of or len(of) < 2:
         return None
-    best = min(of, key=lambda name: of[name][0])
-    against = []
-    for name in of:
-        if name == OWN:
-            continue
-        overlap = _overlap(of[OWN], of[name])
-        line: dict[str, Any] = {"rival": name, "overlap": overlap, "nearer": bool(of[OWN][0] < of[name][0])}
-        if drawn is not None and name in drawn:
-            a, b = drawn[OWN], drawn[name]
-            both = np.isfinite(a) & np.isfinite(b)
-            line["nearer_in"] = float((a < b)[both].mean()) if both.any() else None
-        against.append(line)
+
+    def number(value: float) -> str:
+        return f"{factor * value:{form}}"
 
     def said(name: str) -> str:
-        value, low, high = (None if v is None or not math.isfinite(v) else v * factor for v in of[name])
-        text = f"{value:{form}}"
-        if low is not None and high is not None:
-            text += f", {low:{form}} to {high:{form}}"
-        return f"{titles[name]} ({text}{' ' + unit if unit else ''})"
+        value, low, high = of[name]
+        ends = "" if low is None or high is None or not math.isfinite(low) else f", {number(low)} to {number(high)}"
+        return f"{number(value)}{ends}{' ' + unit if unit else ''}"
 
-    words = {True: "intervals overlap", False: "intervals do not overlap", None: "no interval to compare"}
-    parts = []
-    for line in sorted(against, key=lambda line: of[line["rival"]][0]):
-        share = line.get("nearer_in")
-        often = "" if share is None else f", GE2Hist nearer in {share:.0%} of resamples"
-        parts.append(f"{said(line['rival'])}: {words[line['overlap']]}{often}")
-    lead = "GE2Hist wins" if best == OWN else f"{titles[best]} wins, not GE2Hist"
+    against, words = [], []
+    for name in sorted((name for name in of if name != OWN), key=lambda name: of[name][0]):
+        difference, half = of[OWN][0] - of[name][0], math.nan
+        if OWN in drawn and name in drawn:
+            half = reach(np.asarray(drawn[OWN]) - np.asarray(drawn[name]), freedom)
+        result = "undecided"
+        if math.isfinite(half) and abs(difference) > half:
+            result = "nearer" if difference < 0 else "farther"
+        ends = (difference - half, difference + half) if math.isfinite(half) else (None, None)
+        against.append({"rival": name, "difference": difference, "low": ends[0], "high": ends[1], "result": result})
+        paired = "no interval" if ends[0] is None else f"{number(ends[0])} to {number(ends[1])}"
+        verb = {"nearer": "nearer than", "farther": "farther than", "undecided": "not told apart from"}[result]
+        words.append(f"{verb} {titles[name]} ({said(name)}; difference {number(difference)}, {paired})")
+    count = {result: sum(line["result"] == result for line in against) for result in ("nearer", "farther", "undecided")}
     return {
         "figure": figure,
-        "winner": best,
-        "ge2hist_wins": best == OWN,
-        "clear": best == OWN and all(line["overlap"] is False for line in against),
         "against": against,
-        "sentence": f"{figure}: {lead}. {said(OWN)} against {'; '.join(parts)}.",
+        **count,
+        "ge2hist_wins": count["nearer"] == len(against),
+        "sentence": f"{figure}: GE2Hist ({said(OWN)}) is {'; '.join(words)}.",
     }
-
-
-def _overlap(a: tuple[float, float | None, float | None], b: tuple[float, float | None, float | None]) -> bool | None:
-    if a[1] is None or a[2] is None or b[1] is None or b[2] is None:
-        return None
-    ends = np.array([a[1], a[2], b[1], b[2]], dtype=np.float64)
-    if not np.isfinite(ends).all():
-        return None
-    return bool(ends[0] <= ends[3] and ends[2] <= ends[1])

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ge2hist_core.evaluation.readings import bootstrap_weights, percentiles
+from ge2hist_core.evaluation.readings import bootstrap_weights, percentiles, units
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
@@ -124,12 +124,14 @@ def recovered(
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where(r2[real] > 0, r2[name] / r2[real], np.nan)
         figures = {"r2": r2[name], "share_of_real": share, "correlation": _correlation(true, guess, weights)}
-        out[name] = {"n": len(true)} | {key: _figure(values) for key, values in figures.items()}
+        out[name] = {"n": len(true)} | {
+            key: _figure(values, units(donor, len(true))) for key, values in figures.items()
+        }
     return out
 
 
-def _figure(values: np.ndarray) -> dict[str, float]:
-    low, high = percentiles(values[1:])
+def _figure(values: np.ndarray, resampled: int) -> dict[str, float]:
+    low, high = percentiles(values[1:], resampled)
     return {"value": float(values[0]), "low": low, "high": high}
 
 

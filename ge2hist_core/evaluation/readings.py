@@ -4,7 +4,8 @@ Every figure stands with an interval from one bootstrap: donors with replacement
 cells, since tiles of one section overlap and share its stain. Readings that are compared with the same real tiles under
 the same seed are resampled alike, so that two methods can be compared resample by resample.
 
-Intervals. Signed differences (density, spacing) have percentile intervals. Figures that are never negative (a
+Intervals. Signed differences (density, spacing) have percentile intervals, their levels expanded for the number of
+donors (:func:`ge2hist_core.intervals.expanded_tail`). Figures that are never negative (a
 divergence, a mean of absolute values) grow by resampling itself: their percentiles lie above the value that they are
 for. They have ``value +- t sd`` over resamples with Student's t for (donors - 1) degrees of freedom, cut off at 0.
 """
@@ -20,9 +21,20 @@ from typing import Any
 import numpy as np
 
 from ge2hist_core import rng
+from ge2hist_core.intervals import expanded_tail
 from ge2hist_core.types import NicheStats
 
-__all__ = ["FIGURES", "Comparison", "Readings", "bootstrap_weights", "compare", "compare_fully", "percentiles", "reach"]
+__all__ = [
+    "FIGURES",
+    "Comparison",
+    "Readings",
+    "bootstrap_weights",
+    "compare",
+    "compare_fully",
+    "percentiles",
+    "reach",
+    "units",
+]
 
 LEVEL = 0.95
 BOOTSTRAP = 1000
@@ -87,12 +99,13 @@ class Comparison:
     Parameters
     ----------
     json: see :func:`compare`. value: name -> absolute figure, of :data:`FIGURES` and ``by_type:<figure>``.
-    drawn: name -> ``[resample]`` absolute figures.
+    drawn: name -> ``[resample]`` absolute figures. freedom: degrees of freedom of intervals, resampled units less 1.
     """
 
     json: dict[str, Any]
     value: Mapping[str, float]
     drawn: Mapping[str, np.ndarray]
+    freedom: int
 
 
 def compare(a: Readings, b: Readings, seed: int) -> dict[str, Any]:
@@ -115,14 +128,14 @@ def compare_fully(a: Readings, b: Readings, seed: int) -> Comparison:
     """:func:`compare` with the resamples behind it."""
     n = len(a.stats)
     weights = bootstrap_weights(seed, a.donor, n)
-    freedom = (len(np.unique(a.donor)) if a.donor is not None and len(np.unique(a.donor)) > 1 else n) - 1
+    freedom = units(a.donor, n) - 1
     everyone = np.ones(n)
     value, drawn = _figures(a, b, everyone[None]), _figures(a, b, weights)
     with np.errstate(divide="ignore", invalid="ignore"):
         result: dict[str, Any] = {"n": n, "density_r": float(np.corrcoef(a.density, b.density)[0, 1])}
     for name in FIGURES:
         result[name] = _with_interval(name, value[name][0], drawn[name], freedom)
-    result["class_density"] = _class_density(a, b, weights)
+    result["class_density"] = _class_density(a, b, weights, freedom)
     absolute = {name: float(abs(value[name][0])) for name in FIGURES}
     absolute_drawn = {name: np.abs(drawn[name]) for name in FIGURES}
 
@@ -146,7 +159,7 @@ def compare_fully(a: Readings, b: Readings, seed: int) -> Comparison:
             result["by_type_interval"][name] = {"low": low, "high": high}
             absolute[f"by_type:{name}"], absolute_drawn[f"by_type:{name}"] = float(means[i]), mean_drawn[i]
         result["each_type"] = each
-    return Comparison(result, absolute, absolute_drawn)
+    return Comparison(result, absolute, absolute_drawn, freedom)
 
 
 def _figures(a: Readings, b: Readings, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -176,18 +189,18 @@ def _mean_of_defined(drawn: np.ndarray) -> np.ndarray:
         return np.where(known, drawn, 0.0).sum(axis=0) / known.sum(axis=0)
 
 
-def _class_density(a: Readings, b: Readings, weights: np.ndarray) -> dict[str, dict[str, float]]:
+def _class_density(a: Readings, b: Readings, weights: np.ndarray, freedom: int) -> dict[str, dict[str, float]]:
     difference, real = a.class_density - b.class_density, b.class_density.mean(axis=0)
     drawn = (weights @ difference) / weights.sum(axis=1, keepdims=True)
     out = {}
     for i, name in enumerate(a.classes):
-        low, high = percentiles(drawn[:, i])
+        low, high = percentiles(drawn[:, i], freedom + 1)
         out[name] = {"value": float(difference[:, i].mean()), "low": low, "high": high, "real": float(real[i])}
     return out
 
 
 def _with_interval(name: str, value: float, drawn: np.ndarray, freedom: int) -> dict[str, float]:
-    low, high = _never_negative(value, drawn, freedom) if name == "composition_kl" else percentiles(drawn)
+    low, high = _never_negative(value, drawn, freedom) if name == "composition_kl" else percentiles(drawn, freedom + 1)
     return {"value": float(value), "low": low, "high": high}
 
 
@@ -196,12 +209,22 @@ def _never_negative(value: float, drawn: np.ndarray, freedom: int) -> tuple[floa
     return max(0.0, float(value) - half) if math.isfinite(half) else math.nan, float(value) + half
 
 
-def percentiles(drawn: np.ndarray) -> tuple[float, float]:
-    """Ends of the 95 % percentile interval of the finite ones of ``drawn``; NaN where there are fewer than two."""
+def units(donor: np.ndarray | None, n: int) -> int:
+    """What is resampled as a whole: donors where there are several, else cells."""
+    donors = 1 if donor is None else len(np.unique(donor))
+    return donors if donors > 1 else n
+
+
+def percentiles(drawn: np.ndarray, resampled: int) -> tuple[float, float]:
+    """Ends of the 95 % percentile interval of the finite ones of ``drawn``; NaN where there are fewer than two.
+
+    ``resampled``: :func:`units` that were resampled, for which the levels are expanded.
+    """
     finite = drawn[np.isfinite(drawn)]
-    if len(finite) < 2:
+    if len(finite) < 2 or resampled < 2:
         return math.nan, math.nan
-    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    tail = expanded_tail(resampled, LEVEL)
+    low, high = np.quantile(finite, [tail, 1 - tail])
     return float(low), float(high)
 
 

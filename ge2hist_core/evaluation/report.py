@@ -107,14 +107,20 @@ def sections(result: Figure) -> list[Section]:
     return [section for section in (build(result) for build in builders) if section is not None]
 
 
+NO_RIVAL = "No rival was given: `train-rival` trains one, `evaluate --rivals` compares with it."
+
+
 def _verdicts(result: Figure) -> Section | None:
     found = [v for key in ("table_1", "figure_3") for v in (result.get(key) or {}).get("verdicts", ())]
     if not found:
-        return None
-    won, clear = sum(v["ge2hist_wins"] for v in found), sum(v["clear"] for v in found)
+        told = "methods" in result and not any(m["kind"] == "rival" for m in result["methods"].values())
+        return Section("verdicts", "Who wins", [NO_RIVAL]) if told else None
+    count = {name: sum(v[name] for v in found) for name in ("nearer", "farther", "undecided")}
     lead = (
-        f"GE2Hist is nearest to the real tiles in {won} of {len(found)} figures; in {clear} of them its interval is "
-        "apart from every rival's."
+        f"In {sum(count.values())} comparisons of GE2Hist with a rival, {len(found)} figures, GE2Hist is nearer to the "
+        f"real tiles in {count['nearer']}, farther in {count['farther']}, and not to be told apart in "
+        f"{count['undecided']}: a difference counts where its 95 % interval, paired over the same donors and cells, "
+        f"excludes 0. It is nearer than every rival in {sum(v['ge2hist_wins'] for v in found)} figures."
     )
     return Section("verdicts", "Who wins", [lead, *(f"- {v['sentence']}" for v in found)])
 

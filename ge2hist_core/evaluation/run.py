@@ -213,9 +213,15 @@ def evaluate(
         "methods": {name: comparison.json for name, comparison in comparisons.items()},
         "verdicts": figure_3_verdicts(comparisons, methods),
     }
-    figures = table_1(real_images, {FLOOR: floor_images, **pictures}, features, distances, asked.donor, seed)
+    figures, drawn = table_1(real_images, {FLOOR: floor_images, **pictures}, features, distances, asked.donor, seed)
     verdicts = [
-        verdict(name, {k: (v["value"], v["low"], v["high"]) for k, v in by_method.items()}, methods)
+        verdict(
+            name,
+            {k: (v["value"], v["low"], v["high"]) for k, v in by_method.items()},
+            methods,
+            drawn[name],
+            comparisons[OWN].freedom,
+        )
         for name, by_method in figures.items()
     ]
     result["table_1"] = {"figures": figures, "verdicts": [v for v in verdicts if v]}

@@ -15,7 +15,7 @@ import pandas as pd
 
 from ge2hist_core import rng
 from ge2hist_core.config import VISIBLE_CLASS, SampleConfig
-from ge2hist_core.evaluation.readings import BOOTSTRAP, bootstrap_weights, percentiles
+from ge2hist_core.evaluation.readings import BOOTSTRAP, bootstrap_weights, percentiles, units
 from ge2hist_core.evaluation.work import Work
 from ge2hist_core.types import Latent
 
@@ -54,7 +54,7 @@ def classifier_figures(guess: np.ndarray, truth: np.ndarray, donor: np.ndarray, 
         chosen = draw.integers(0, len(names), (BOOTSTRAP, len(names)))
         # Cells that are right or wrong, drawn again within a donor, are right by the binomial distribution.
         drawn = draw.binomial(n[chosen], (hits / n)[chosen]).sum(axis=1) / n[chosen].sum(axis=1)
-        low, high = percentiles(drawn)
+        low, high = percentiles(drawn, len(names))
     kinds = [str(kind) for kind in np.unique(truth)]
     return {
         "accuracy": float(right.mean()),
@@ -96,7 +96,7 @@ def separation(
     the mean over targets of the R2 of ridge regression, each with interval; ``niche_r2_each`` by target. ``chance``:
     one over the types present.
     """
-    weights = bootstrap_weights(seed, donor, len(held_out))
+    weights, resampled = bootstrap_weights(seed, donor, len(held_out)), units(donor, len(held_out))
     kinds = np.unique(held_out_type)
     result: dict[str, Any] = {
         "n_training": len(training),
@@ -114,8 +114,8 @@ def separation(
         varies = np.isfinite(r2)
         recall = _balanced(right, held_out_type, kinds, weights)
         result[part] = {
-            "type_accuracy": _figure(_balanced(right, held_out_type, kinds, one)[0], recall),
-            "niche_r2": _figure(r2[varies].mean(), drawn[:, varies].mean(axis=1))
+            "type_accuracy": _figure(_balanced(right, held_out_type, kinds, one)[0], recall, resampled),
+            "niche_r2": _figure(r2[varies].mean(), drawn[:, varies].mean(axis=1), resampled)
             if varies.any()
             else {"value": np.nan, "low": np.nan, "high": np.nan},
             "niche_r2_each": dict(zip(niche_names, r2.tolist(), strict=True)),
@@ -156,8 +156,8 @@ def _r2(true: np.ndarray, guess: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return 1.0 - (weights @ (true - guess) ** 2) / np.where(spread > 1e-9, spread, np.nan)
 
 
-def _figure(value: float, drawn: np.ndarray) -> dict[str, float]:
-    low, high = percentiles(drawn)
+def _figure(value: float, drawn: np.ndarray, resampled: int) -> dict[str, float]:
+    low, high = percentiles(drawn, resampled)
     return {"value": float(value), "low": low, "high": high}
 
 
@@ -221,7 +221,7 @@ def central_types(
         found = [central_class(table, tile_um) for table in model.read_nuclei(images)]
         read[kind] = np.array([name or "" for name in found], dtype=object)
     classes = {kind: VISIBLE_CLASS.get(kind, kind) for kind in read}
-    weights = bootstrap_weights(seed, donor, k)
+    weights, resampled = bootstrap_weights(seed, donor, k), units(donor, k)
     types: dict[str, Any] = {}
     for kind in read:
         own = (read[kind] == classes[kind]).astype(float)
@@ -233,9 +233,9 @@ def central_types(
         types[kind] = {
             "class": classes[kind],
             "n": k,
-            "share": _figure(own.mean(), drawn),
+            "share": _figure(own.mean(), drawn, resampled),
             "chance": float(chance.mean()),
-            "raised": _figure((own - chance).mean(), raised),
+            "raised": _figure((own - chance).mean(), raised, resampled),
             "real": float(np.mean(known)) if known else None,
             "n_real": len(known),
         }

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.special import rel_entr
+from scipy.stats import t as student_t
 from scipy.stats import pearsonr
 
 from ge2hist_core.__main__ import COMMANDS, run_command
@@ -265,7 +266,7 @@ def test_the_interval_is_as_wide_as_donors_differ():
     b = readings([[30, 10]] * 400, own)
     a = readings([[30, 10]] * 400, own + np.repeat(shift, 40) + draw.normal(0, 0.1, 400))
     by_donor = compare(replace(a, donor=donor), replace(b, donor=donor), 0)["spacing_um"]
-    half = 1.96 * shift.std() / np.sqrt(10)
+    half = student_t(9).ppf(0.975) * shift.std(ddof=1) / np.sqrt(10)
     assert (by_donor["high"] - by_donor["low"]) / 2 == pytest.approx(half, rel=0.1)
     as_one = compare(a, b, 0)["spacing_um"]
     assert as_one["high"] - as_one["low"] < half / 2

@@ -332,7 +332,8 @@ def contest() -> dict[str, Any]:
         "ge2hist": kid | {"value": 0.0213, "low": 0.0118, "high": 0.0308},
         "rna-cdm": kid | {"value": 0.0931, "low": 0.0544, "high": 0.1318},
     }
-    verdict = {"ge2hist_wins": True, "clear": True, "sentence": "KID (reader features): GE2Hist wins."}
+    said = "KID (reader features): GE2Hist (0.1) is nearer than RNA-CDM."
+    verdict = {"ge2hist_wins": True, "nearer": 1, "farther": 0, "undecided": 0, "sentence": said}
     return {
         "counts": {"tiles": 120, "type_pictures": 7, "training_cells": 801, "classified_cells": None},
         "methods": {"ge2hist": {"title": "GE2Hist", "kind": "model"}, "rna-cdm": {"title": "RNA-CDM", "kind": "rival"}},
@@ -345,8 +346,9 @@ def test_the_contest_with_the_rivals_stands_on_the_card_with_value_interval_and_
     rows = table(section(card, "Table 1: distance to real tiles"))
     assert [row[0] for row in rows] == ["GE2Hist", "RNA-CDM"]
     assert rows[1][1] == "0.0931 [0.0544, 0.1318]" and rows[1][3:] == ["120 / 120", "12"]
-    assert "nearest to the real tiles in 1 of 1 figures" in section(card, "Who wins")
-    assert "- KID (reader features): GE2Hist wins." in section(card, "Who wins")
+    told = section(card, "Who wins")
+    assert "In 1 comparisons of GE2Hist with a rival, 1 figures, GE2Hist is nearer" in told
+    assert "- KID (reader features): GE2Hist (0.1) is nearer than RNA-CDM." in told
     judged = commands(card)["evaluate"]
     assert (judged.type_pictures, judged.training_cells, judged.classified_cells) == (7, 801, None)
     assert judged.rivals == [Path("RNA-CDM")]

@@ -104,3 +104,18 @@ def test_tissue_that_this_simulator_did_not_make_is_refused(store: TissueStore) 
 
 def test_the_readings_lie_beside_the_store() -> None:
     assert truth_folder(Path("a/tissue.zarr")) == Path("a/tissue.truth")
+
+
+def test_readings_of_another_version_of_the_tissue_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from perturb import true_effects
+
+    tissue = object.__new__(true_effects.TrueTissue)
+    tissue.folder, tissue.tile_um = Path("kept"), 64.0
+    now = tissue._path("donor001", (("VEGFA", 2.0),))
+    assert now == tissue._path("donor001", (("VEGFA", 2.0),)) != tissue._path("donor001", (("VEGFA", 3.0),))
+    monkeypatch.setattr(true_effects, "_TISSUE_FILES", ("programmes.py", "tissue.py"))
+    true_effects._tissue_version.cache_clear()
+    try:
+        assert tissue._path("donor001", (("VEGFA", 2.0),)) != now
+    finally:
+        true_effects._tissue_version.cache_clear()
