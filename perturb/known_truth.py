@@ -191,7 +191,6 @@ def measure(
         {arm: np.zeros(shape) for arm in arms},
         {probe.encoder: {arm: np.zeros(shape) for arm in ARMS[:3]} for probe in probes},
         outside=np.zeros((len(chosen), cells), dtype=bool),
-        no_edge=np.array([not set(dict(case.factors)) & set(fitted.regulators) for case in chosen]),
     )
     assert effects.outside is not None
     embedding = model.embed(some, seed)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ge2hist_core import rng
+from ge2hist_core.intervals import expanded_tail
 from perturb.true_effects import READOUTS
 
 __all__ = [
@@ -83,7 +84,6 @@ class Effects:
     model: arm -> ``[case, readout, cell]``.
     probes: description of :data:`perturb.encoder_ablation.ENCODERS` -> arm -> the same through a linear probe.
     outside: bool ``[case, cell]``, the edited cell is outside the data; None where no gate was asked.
-    no_edge: bool ``[case]``, no edited gene regulates another in the network fitted to the data.
     """
 
     cases: list[Case]
@@ -92,7 +92,6 @@ class Effects:
     model: dict[str, np.ndarray]
     probes: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     outside: np.ndarray | None = None
-    no_edge: np.ndarray | None = None
 
     @cached_property
     def role(self) -> np.ndarray:
@@ -122,14 +121,11 @@ def interval(values: np.ndarray, n_donors: int | None = None) -> dict[str, float
     ----------
     n_donors: widens the levels; None leaves them as they are.
     """
-    from scipy.stats import norm
-    from scipy.stats import t as student_t
-
     tail = (1 - LEVEL) / 2
     if n_donors is not None:
         if n_donors < 2:
             return {"value": _number(values[0]), "low": None, "high": None}
-        tail = float(norm.cdf(math.sqrt(n_donors / (n_donors - 1)) * student_t.ppf(tail, n_donors - 1)))
+        tail = expanded_tail(n_donors, LEVEL)
     drawn = values[1:][np.isfinite(values[1:])]
     low, high = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else (math.nan, math.nan)
     return {"value": _number(values[0]), "low": _number(low), "high": _number(high)}
@@ -186,12 +182,10 @@ class _Means:
         return interval(values, self.n_donors)
 
     def ends(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Interval of each effect ``[case, readout, 1 + resample]`` -> two ``[case, readout]``."""
-        from scipy.stats import norm
-        from scipy.stats import t as student_t
-
-        n = self.n_donors
-        tail = norm.cdf(math.sqrt(n / (n - 1)) * student_t.ppf((1 - LEVEL) / 2, n - 1)) if n > 1 else 0.0
+        """Interval of each effect ``[case, readout, 1 + resample]`` -> two ``[case, readout]``, NaN of one donor."""
+        if self.n_donors < 2:
+            return np.full(values.shape[:2], np.nan), np.full(values.shape[:2], np.nan)
+        tail = expanded_tail(self.n_donors, LEVEL)
         low, high = np.quantile(values[..., 1:], [tail, 1 - tail], axis=-1)
         return low, high
 
@@ -415,12 +409,11 @@ def _remedies(means: _Means) -> Iterator[dict[str, Any]]:
     if effects.outside is not None:
         inside = ~effects.outside
         ways.append(("refused where most cells leave the data", "direct", inside.mean(axis=1) < 0.5, inside))
-    if effects.no_edge is not None:
-        ways.append(("refused where the fitted network has no edge", "direct", effects.no_edge, None))
-    ways.append(("refused unless a known regulator", "direct", no_cause, None))
+    # The simulator's own list of causes: what perfect knowledge of regulators would be worth, nobody has it.
+    ways.append(("refused unless a known regulator (right by construction)", "direct", no_cause, None))
     for arm, name, refused in (
         ("fitted network", "spread, every edited gene a regulator", nobody),
-        ("known regulators", "spread, known regulators only, others refused", no_cause),
+        ("known regulators", "spread, known regulators only, others refused (right by construction)", no_cause),
     ):
         if arm in effects.model:
             ways.append((name, arm, refused, None))

@@ -374,10 +374,10 @@ def false_effects_in_words(known: Mapping[str, Any]) -> str:
             return ""
         return (
             "Some genes cause nothing and merely rise and fall with a cause; editing such a gene changes nothing in "
-            f"the simulated tissue, but in {_percent(figure)} of {figure['of']} readouts of such edits the model shows "
-            "more than it does for 95 % of unlinked genes, where 5 % would be chance. "
-            "That is the price of learning from tissue as it is: the model shows what goes together with a gene, and "
-            "cannot tell a cause from its companion."
+            f"the simulated tissue, but in {_percent(figure)} of {figure['of']} readouts of such edits the model's "
+            "niche network (a quick guess of the neighbours, no pictures) answers more strongly than to 95 % of unlinked "
+            "genes, where 5 % would be chance. That is the price of learning from tissue as it is: the model knows "
+            "what goes together with a gene, and cannot tell a cause from its companion."
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged_truth("niche network") from error

@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 import torch
 from scipy.special import rel_entr
-from scipy.stats import t as student_t
 from scipy.stats import pearsonr
+from scipy.stats import t as student_t
 
 from ge2hist_core.__main__ import COMMANDS, run_command
 from ge2hist_core.config import CELL_TYPES, READER_CLASSES, ModelConfig, SampleConfig

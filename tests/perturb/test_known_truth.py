@@ -131,17 +131,15 @@ def test_each_remedy_is_measured_by_what_it_leaves() -> None:
     outside = np.zeros((len(effects.cases), 40), dtype=bool)
     outside[12 : 12 + N // 2] = True  # half of the reporters
     outside[6] = True  # one of six drivers
-    no_edge = np.array([case.role == "inert" for case in effects.cases])
-    effects = replace(effects, model=held, outside=outside, no_edge=no_edge)
+    effects = replace(effects, model=held, outside=outside)
     found = {row["remedy"]: row for row in summary(effects)["remedies"]}
     assert found["none"]["false_effects"]["value"] == 1.0 and found["none"]["power_drivers"]["value"] > 0.9
     gates = found["refused where most cells leave the data"]
     assert gates["false_effects"]["value"] == 0.5 and gates["refused"]["driver"] == pytest.approx(1 / 6, abs=1e-4)
     assert gates["power_drivers"]["value"] < found["none"]["power_drivers"]["value"]
-    known = found["refused unless a known regulator"]
+    known = found["refused unless a known regulator (right by construction)"]
     assert known["false_effects"]["value"] == 0 and known["refused"]["reporter"] == 1
     assert known["power_drivers"] == found["none"]["power_drivers"]
-    assert found["refused where the fitted network has no edge"]["false_effects"] == found["none"]["false_effects"]
     # Scaled alike, inert genes and all: the share beyond them stays.
     assert found["programmes held at their level"]["false_effects"]["value"] == 1.0
 
