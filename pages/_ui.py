@@ -483,7 +483,7 @@ def get_evidence(result: Result, model: GE2Hist, source: H5adSource) -> tuple[Ev
     from perturb.evidence import kept
 
     cells = get_cells(result.recipe, source)
-    return _at_hand(result.recipe.hash, kept(result, cells, get_cache()), result, model, cells)
+    return _at_hand(result.recipe.hash, kept(result, model, cells, get_cache()), result, model, cells)
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
@@ -497,11 +497,12 @@ def _at_hand(
 
 def report_html(result: Result, evidence: Evidence | None) -> str:
     """The report as one page."""
-    return _report_html(result.recipe.hash, tuple(evidence.parts) if evidence is not None else (), result, evidence)
+    told = () if evidence is None else (*evidence.parts, "without", *evidence.missing.items())
+    return _report_html(result.recipe.hash, told, result, evidence)
 
 
 @st.cache_data(max_entries=4, show_spinner=False)
-def _report_html(recipe_hash: str, parts: tuple[str, ...], _result: Result, _evidence: Evidence | None) -> str:
+def _report_html(recipe_hash: str, told: tuple[object, ...], _result: Result, _evidence: Evidence | None) -> str:
     from perturb.report import html as report
 
     return report(_result, _evidence)

@@ -138,6 +138,42 @@ def _evaluation(model: GE2Hist) -> None:
             _fit(evaluation, rows)
         else:
             st.caption("This bundle's evaluation does not compare pictures with real tissue.")
+    with _ui.guard():
+        _papers_figures(evaluation)
+
+
+PAPERS_FIGURES = (
+    "verdicts",
+    "table_1",
+    "figure_3",
+    "methods",
+    "classifier",
+    "separation",
+    "central_types",
+    "read_back",
+)
+"""Sections of an evaluation that are shown whole; what else it holds is told above in its own way."""
+
+
+def _papers_figures(evaluation: dict[str, Any]) -> None:
+    """The paper's tables in kind, and what they were measured against, as `evaluate` wrote them."""
+    from ge2hist_core.evaluation.report import sections
+    from perturb import charts
+
+    shown = [section for section in sections(evaluation) if section.key in PAPERS_FIGURES]
+    if not shown:
+        return
+    st.markdown("##### The paper's tables, on donors that the model has not learnt from")
+    for section in shown:
+        with st.expander(f"**{_ui.plain(section.title)}**"):
+            for text in section.text:
+                st.markdown(f"- {_ui.plain(text[2:])}" if text.startswith("- ") else _ui.plain(text))
+            for i, chart in enumerate(section.charts):
+                figure = charts.methods(chart.title, chart.points, _ui.theme())
+                st.plotly_chart(figure, theme=None, key=f"{section.key} {i}", config=charts.CHART_CONFIG)
+            for i, table in enumerate(section.tables):
+                columns = dict(zip(table.header, zip(*table.rows, strict=True), strict=True)) if table.rows else {}
+                st.dataframe(columns, hide_index=True, key=f"table {section.key} {i}")
 
 
 def _no_evaluation(older: bool) -> None:
@@ -197,6 +233,10 @@ def _genes_of_known_effect(model: GE2Hist) -> None:
                 "False effects: readouts of edits of genes that only follow, beyond 95 % of those of unlinked genes. "
                 "Power: the same share for edits of causes. In brackets 95 % intervals over held-out donors."
             )
+    aims = track_record.aims(known)
+    if aims:
+        with st.expander("**What was aimed at, and what was reached**"):
+            _bullets(aims)
     with st.expander("**Does a network of regulators help?**"):
         _bullets(track_record.propagation_in_words(known))
         st.caption(

@@ -705,6 +705,41 @@ def _arrows(figure: go.Figure, moves: pd.DataFrame, theme: str) -> None:
             )
 
 
+def methods(
+    title: str, points: Sequence[tuple[str, float | None, float | None, float | None]], theme: str
+) -> go.Figure:
+    """One figure of several methods: a dot for the value and a line for its interval, the first method on top.
+
+    Parameters
+    ----------
+    title: what is measured, with its unit. points: ``(method, value, low, high)``; None where there is no answer.
+    """
+    look, figure, shown = THEMES[theme], go.Figure(), 0
+    for name, value, low, high in points:
+        if value is None:
+            continue
+        shown += 1
+        above, below, interval = 0.0, 0.0, ""
+        if low is not None and high is not None:
+            above, below, interval = high - value, value - low, f", 95 % interval {low:.4g} to {high:.4g}"
+        figure.add_scatter(
+            x=[value],
+            y=[escape(name)],
+            mode="markers",
+            marker={"size": 10, "color": look["ink"]},
+            error_x={
+                "type": "data", "symmetric": False, "array": [above], "arrayminus": [below], "color": look["ink"],
+                "thickness": 1.5, "width": 0,
+            },
+            hovertemplate=f"{escape(name)}: {value:.4g}{interval}<extra></extra>",
+            showlegend=False,
+        )  # fmt: skip
+    _finish(figure, theme, "")
+    figure.update_yaxes(autorange="reversed", title=None)
+    figure.update_xaxes(title={"text": escape(title)}, rangemode="tozero")
+    return figure.update_layout(height=110 + 34 * shown, margin={"l": 60, "r": 20, "t": 10, "b": 50})
+
+
 def calibration(table: pd.DataFrame, theme: str = "light") -> go.Figure:
     """Mean true effect of edits of like modelled effect, a panel per unit; on the diagonal both are equal.
 

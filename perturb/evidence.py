@@ -74,6 +74,7 @@ PARTS = {
 """Part -> cost class, in the order in which they are made."""
 
 ALL_PARTS = tuple(PARTS)
+_BUNDLE_FILES = ("baselines/baselines.json", "gates.json", "reader.json")
 KEPT = ("natural", "technical", "gates", "matched", "attribution", "route", "technical_drawn", "matched_drawn")
 """Parts that are kept on disk; the others cost less than reading them, or come from files of the bundle."""
 
@@ -198,7 +199,7 @@ def gather(
         result, model, cells, parts=parts, niches=niches, cache=cache, on_progress=on_progress, cancel=cancel
     )
     if cache is not None and set(parts) == set(ALL_PARTS):
-        cache.store_json(_key("missing", result, cells), dict(last.missing))
+        cache.store_json(_key("missing", result, cells), {"missing": dict(last.missing), "fitted": _fitted(model)})
     return last
 
 
@@ -254,11 +255,23 @@ def steps(
         yield evidence
 
 
-def kept(result: Result, cells: Cells, cache: DiskCache) -> tuple[str, ...]:
+def kept(result: Result, model: GE2Hist, cells: Cells, cache: DiskCache) -> tuple[str, ...]:
     """Parts that the cache holds, in order, and ``missing`` where all was gathered: what :func:`at_hand` depends on."""
     around = _around(cells)
-    names = (*KEPT, "missing")
-    return tuple(name for name in names if cache.load_json(_key_of(name, result.recipe.hash, around)) is not None)
+    there = [name for name in KEPT if cache.load_json(_key_of(name, result.recipe.hash, around)) is not None]
+    return (*there, *(["missing"] if _missing(result, model, cells, cache) is not None else []))
+
+
+def _missing(result: Result, model: GE2Hist, cells: Cells, cache: DiskCache) -> dict[str, str] | None:
+    """Why parts could not be had, None where not all was asked for, or the bundle has been fitted with more since."""
+    noted = cache.load_json(_key("missing", result, cells)) or {}
+    return noted["missing"] if noted.get("fitted") == _fitted(model) else None
+
+
+def _fitted(model: GE2Hist) -> list[str]:
+    """Which of the files that parts of the evidence need the bundle has."""
+    folder = model.folder
+    return [] if folder is None else [name for name in _BUNDLE_FILES if (folder / name).is_file()]
 
 
 def at_hand(result: Result, model: GE2Hist, cells: Cells, cache: DiskCache) -> tuple[Evidence, bool]:
@@ -272,12 +285,12 @@ def at_hand(result: Result, model: GE2Hist, cells: Cells, cache: DiskCache) -> t
     ------
     BadInput: as :func:`gather`.
     """
-    there = kept(result, cells, cache)
+    there = kept(result, model, cells, cache)
     parts = [name for name, cost in PARTS.items() if cost == "instant" or name in there]
     evidence = gather(result, model, cells, parts=parts, cache=cache)
-    if "missing" not in there:
+    missing = _missing(result, model, cells, cache)
+    if missing is None:
         return evidence, False
-    missing = cache.load_json(_key("missing", result, cells)) or {}
     return replace(evidence, missing={name: missing[name] for name in PARTS if name in missing}), True
 
 

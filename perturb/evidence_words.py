@@ -127,10 +127,10 @@ def _precision(part: Part, evidence: Evidence) -> Iterator[str]:
             continue
         said = f"{name}: {amount(row['readout'], row['effect'])}, give or take "
         said += f"{amount(row['readout'], row['half_width'], signed=False)} (n = {row['n']} pairs of pictures)"
-        said += f". {_more(row['seeds_to_halve'], 'halve the interval', evidence.n_cells)}"
+        said += f". {_more(row['seeds_to_halve'], 'halve the interval', part)}"
         if row["low"] <= 0 <= row["high"] and row["effect"]:
             goal = "tell the difference from 0, if it stays as it is"
-            said += f" {_more(row['seeds_to_exclude_0'], goal, evidence.n_cells)}"
+            said += f" {_more(row['seeds_to_exclude_0'], goal, part)}"
         yield said.strip()
     gains = [row["pairing_gain"] for row in _headline(part, "precision", evidence)]
     gain = float(np.median(np.array(gains)[np.isfinite(gains)])) if np.isfinite(gains).any() else float("nan")
@@ -143,9 +143,14 @@ def _precision(part: Part, evidence: Evidence) -> Iterator[str]:
         yield "Giving both arms the same noise does not lower the variance of these effects."
 
 
-def _more(seeds: float, goal: str, n_cells: int) -> str:
+def _more(seeds: float, goal: str, part: Part) -> str:
+    """How many more seeds for a goal; NaN is "no number", or not to be said from one seed, or the goal has no size."""
     if not np.isfinite(seeds):
-        return f"No number of seeds would {goal}: the cells differ, take more cells." if n_cells > 1 else ""
+        if part.facts["cells"] == 1:
+            return ""
+        if part.facts["seeds"] == 1:
+            return f"From one noise seed it cannot be said how many more would {goal}: compare over several."
+        return f"No number of seeds would {goal}: the cells differ, take more cells."
     if seeds > MANY_SEEDS:
         return f"More than {MANY_SEEDS:,} further seeds would be needed to {goal}."
     return f"{seeds:,.0f} more seed{'s' * (seeds != 1)} would {goal}."

@@ -20,6 +20,7 @@ from perturb.stats import Estimate, clustered_ratio
 
 __all__ = [
     "Fit",
+    "aims",
     "calibration",
     "driver_effects",
     "drawn_in_words",
@@ -361,6 +362,55 @@ def how_often_right(known: Mapping[str, Any], arms: tuple[str, ...] = ("direct",
     return said
 
 
+AIMS = {
+    "direction": (0.95, 1.0),
+    "size": (0.7, 1.3),
+    "type-I": (0.0, 0.06),
+    "coverage": (0.9, 0.98),
+}
+"""What this project asked of the model before it was measured: lowest and highest value that meets an aim."""
+
+
+def aims(known: Mapping[str, Any]) -> list[str]:
+    """What was aimed at for edits of known effect, one sentence each: the figure, and whether it was met or missed.
+
+    Raises
+    ------
+    BadInput: the section is damaged.
+    """
+    niche, drawn, said = _section(known, "niche network"), _section(known, "pictures"), []
+
+    def judge(what: str, aim: str, figure: Mapping[str, Any], text: str) -> None:
+        low, high = AIMS[aim]
+        asked = {"direction": f"at least {low:.0%}", "type-I": f"at most {high:.0%}"}.get(aim, f"{low:g} to {high:g}")
+        asked = asked.replace("%", " %")
+        verdict = "not measured" if figure.get("value") is None else "missed"
+        verdict = "met" if verdict == "missed" and low <= figure["value"] <= high else verdict
+        said.append(f"{what}, aim {asked}: {text} - {verdict}.")
+
+    try:
+        for arm in (one for one in ("direct", "true network") if one in niche.get("slopes", {})):
+            name = ARM_NAMES[arm]
+            judge(
+                f"Direction of driver programmes ({name})",
+                "direction",
+                niche["signs"][arm],
+                _percent(niche["signs"][arm]),
+            )
+            for readout, what in (("density", "density"), ("shares", "shares of cell types")):
+                figure = niche["slopes"][arm][readout]
+                judge(f"Size as a multiple of the true change, {what} ({name})", "size", figure, _ratio(figure))
+        for row in drawn.get("tests", ()):
+            if row["role"] == "inert" and row["readout"] == "all":
+                judge("p < 0.05 for genes without effect, in pictures", "type-I", row["p"], _percent(row["p"]))
+        for row in drawn.get("own_conditional", ()):
+            if row["what"] == "all":
+                judge("Coverage of 95 % intervals for the model's own answer", "coverage", row, _percent(row))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _damaged_truth("niche network") from error
+    return said
+
+
 def false_effects_in_words(known: Mapping[str, Any]) -> str:
     """What the model makes of genes that only follow, in two sentences; empty where it was not measured.
 
@@ -375,9 +425,9 @@ def false_effects_in_words(known: Mapping[str, Any]) -> str:
         return (
             "Some genes cause nothing and merely rise and fall with a cause; editing such a gene changes nothing in "
             f"the simulated tissue, but in {_percent(figure)} of {figure['of']} readouts of such edits the model's "
-            "niche network (a quick guess of the neighbours, no pictures) answers more strongly than to 95 % of unlinked "
-            "genes, where 5 % would be chance. That is the price of learning from tissue as it is: the model knows "
-            "what goes together with a gene, and cannot tell a cause from its companion."
+            "niche network (a quick guess of the neighbours, no pictures) answers more strongly than to 95 % of "
+            "unlinked genes, where 5 % would be chance. That is the price of learning from tissue as it is: the model "
+            "knows what goes together with a gene, and cannot tell a cause from its companion."
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged_truth("niche network") from error

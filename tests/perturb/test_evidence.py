@@ -161,7 +161,25 @@ def test_the_cache_gives_the_same_evidence_without_work(
         for title, table in part.tables.items():
             pd.testing.assert_frame_equal(again.parts[name].tables[title], table, check_exact=True)
     # Other cells around it are another question.
-    assert "matched" not in kept(result, demo_cells.take(range(59)), cache)
+    assert "matched" not in kept(result, model, demo_cells.take(range(59)), cache)
+
+
+def test_what_was_missing_is_asked_for_again_once_the_bundle_was_fitted_with_more(
+    evidence: Evidence, result: Result, model: GE2Hist, demo_cells: Cells, cache: DiskCache, monkeypatch
+) -> None:
+    assert at_hand(result, model, demo_cells, cache)[1] and "missing" in kept(result, model, demo_cells, cache)
+    # As if the command that fits it had come after the evidence.
+    there = module._fitted(model)
+    monkeypatch.setattr(module, "_fitted", lambda _: [*there, "later.json"])
+    assert not at_hand(result, model, demo_cells, cache)[1] and "missing" not in kept(result, model, demo_cells, cache)
+
+
+def test_what_a_bundle_was_fitted_with_is_read_from_its_folder(model: GE2Hist, tmp_path: Path) -> None:
+    (tmp_path / "baselines").mkdir()
+    (tmp_path / "gates.json").touch()
+    assert module._fitted(replace(model, folder=tmp_path)) == ["gates.json"]
+    (tmp_path / "baselines" / "baselines.json").touch()
+    assert module._fitted(replace(model, folder=tmp_path)) == ["baselines/baselines.json", "gates.json"]
 
 
 def test_before_anything_is_gathered_only_the_instant_parts_are_at_hand(

@@ -14,6 +14,7 @@ from perturb import charts
 from perturb.known_truth import SCHEMA
 from perturb.known_truth_summary import ARMS, Case, Effects, summary
 from perturb.track_record import (
+    aims,
     calibration,
     drawn_in_words,
     encoders_in_words,
@@ -145,3 +146,29 @@ def test_files_of_another_version_or_damaged_are_refused(known: dict[str, Any], 
             function({"niche network": [1]})
     with pytest.raises(BadInput, match="remedies has another form"):
         remedies({"niche network": {"remedies": [{"remedy": "x"}]}})
+
+
+def test_an_aim_is_met_or_missed_by_its_figure() -> None:
+    def share(value: float) -> dict[str, object]:
+        return {"value": value, "low": value - 0.02, "high": value + 0.02, "right": 1, "of": 2}
+
+    known = {
+        "niche network": {
+            "signs": {"direct": share(0.96), "true network": share(0.94)},
+            "slopes": {
+                "direct": {"density": share(0.21), "shares": share(0.7)},
+                "true network": {"density": share(1.31), "shares": {"value": None}},
+            },
+        },
+        "pictures": {
+            "tests": [{"role": "inert", "readout": "all", "p": share(0.061)}],
+            "own_conditional": [{"what": "all", **share(0.95)}, {"what": "density", **share(0.5)}],
+        },
+    }
+    said = aims(known)
+    assert [one.rsplit(" - ", 1)[1] for one in said] == [
+        "met.", "missed.", "met.", "missed.", "missed.", "not measured.", "missed.", "met.",
+    ]  # fmt: skip
+    assert "aim at least 95 %: 96 % (94 to 98)" in said[0] and "aim 0.7 to 1.3: 0.21 (0.19 to 0.23)" in said[1]
+    assert "aim at most 6 %" in said[6]
+    assert aims({}) == []

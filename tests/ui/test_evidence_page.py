@@ -17,6 +17,7 @@ from streamlit.testing.v1 import AppTest
 
 from ge2hist_core.config import SampleConfig
 from ge2hist_core.data import open_h5ad, write_cells
+from ge2hist_core.evaluation.report import sections
 from ge2hist_core.model import GE2Hist
 from ge2hist_core.types import Cells
 from pages import _ui
@@ -129,11 +130,18 @@ def _zip_of(at: AppTest, recipe: Recipe) -> bytes:
     return zip_bytes(result, cells, evidence=evidence)
 
 
+def papers_charts() -> int:
+    told = sections(json.loads(DEMO.read_text()))
+    return sum(len(section.charts) for section in told if section.key not in ("steps", "driver_programmes"))
+
+
 def test_the_evaluation_is_told_with_chart_table_and_sentences(home: Path) -> None:
     put_evaluation(home)
     at = open_page()
     said = texts(at)
-    assert len(at.get("plotly_chart")) == 1
+    assert len(at.get("plotly_chart")) == 1 + papers_charts() > 4
+    told = {one.label.replace("\\", "") for one in at.expander}
+    assert {"**Table 1: distance to real tiles**", "**Figure 3: cells in the niche**", "**Who wins**"} <= told
     found = json.loads(DEMO.read_text())["driver_programmes"]
     for right, of in (("signs_right", "edits_exceeding_noise"), ("clear_signs_right", "clear_readouts")):
         assert f"**{found[right]} of {found[of]}**" in said
@@ -151,7 +159,7 @@ def test_figures_of_other_weights_are_not_shown(home: Path) -> None:
 def test_an_evaluation_of_real_tissue_has_no_known_truth(home: Path) -> None:
     put_evaluation(home, driver_programmes=None)
     at = open_page()
-    assert "simulated tissue alone" in texts(at) and not at.get("plotly_chart")
+    assert "simulated tissue alone" in texts(at) and len(at.get("plotly_chart")) == papers_charts()
 
 
 @pytest.mark.parametrize("content", ["{", '{"generated_vs_real": 3, "bundle_sha256": "%s"}'])
