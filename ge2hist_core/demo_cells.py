@@ -91,7 +91,8 @@ def main(args: argparse.Namespace) -> None:
     from ge2hist_core.niche import niche_stats
     from ge2hist_core.store import TissueStore
 
-    model, store = GE2Hist.load(args.bundle), TissueStore(args.data)
+    model = GE2Hist.load(args.bundle)
+    store = TissueStore(args.data, model.config.tile_px)
     seen = model.has_learned_from(store)
     rows = store.rows([name for name in store.donors if name not in seen])
     if not LEAST_CELLS <= args.cells <= len(rows):

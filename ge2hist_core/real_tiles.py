@@ -171,6 +171,7 @@ def main(args: argparse.Namespace) -> None:
     from ge2hist_core.model import GE2Hist
     from ge2hist_core.store import TissueStore
 
-    tiles = choose(GE2Hist.load(args.bundle), TissueStore(args.data), args.per_type, args.seed)
+    model = GE2Hist.load(args.bundle)
+    tiles = choose(model, TissueStore(args.data, model.config.tile_px), args.per_type, args.seed)
     save(tiles, args.bundle)
     print(f"{len(tiles)} tiles of {len(set(tiles.donor))} training donors in {args.bundle}")

@@ -589,7 +589,8 @@ def main(args: argparse.Namespace) -> None:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    model, store = GE2Hist.load(args.bundle), TissueStore(args.data)
+    model = GE2Hist.load(args.bundle)
+    store = TissueStore(args.data, model.config.tile_px)
     found = fit_baselines(model, store, args.cells, args.seed, say)
     if args.skill_cells:
         found = measure_skill(found, model, store, args.skill_cells, args.pictures, seed=args.seed, on_progress=say)

@@ -148,11 +148,11 @@ def main(args: argparse.Namespace) -> None:
 
 def _cells(recipe: Recipe, path: str, model: GE2Hist) -> Cells:
     """The recipe's cells, read as the recipe says."""
-    from ge2hist_core.data import open_h5ad
+    from ge2hist_core.data import open_cells
     from perturb.run import cells_for
 
     options = {"matrix": recipe.matrix, "gene_column": recipe.gene_column}
-    with open_h5ad(path, model.scgpt.vocab, **options) as source:
+    with open_cells(path, model.scgpt.vocab, **options) as source:
         if source.sha256 != recipe.data_sha256:
             raise BadInput(
                 f"A recipe was made with data {recipe.data_sha256[:12]}, but {path} is {source.sha256[:12]}: "

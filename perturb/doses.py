@@ -204,7 +204,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-dose", type=float, default=2.0, help="-4 to 4; below 0 the signature is reversed")
     parser.add_argument("--out", required=True, help="folder for doses.csv and doses.html")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
-    parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="the h5ad that the recipe was made with")
+    parser.add_argument(
+        "--cells", default="assets/demo_cells.h5ad", help="the h5ad or store that the recipe was made with"
+    )
     parser.add_argument("--network", help="the network table of a recipe whose edits spread")
     parser.add_argument("--cache", help="folder in which finished arms are kept and looked up")
 

@@ -649,10 +649,10 @@ def from_arguments(
     recipe = result.recipe
 
     def niches() -> pd.DataFrame:
-        from ge2hist_core.data import open_h5ad
+        from ge2hist_core.data import open_cells
 
         options = {"matrix": recipe.matrix, "gene_column": recipe.gene_column}
-        with open_h5ad(args.cells, model.scgpt.vocab, **options) as source:
+        with open_cells(args.cells, model.scgpt.vocab, **options) as source:
             return niches_of(source)
 
     parts = ALL_PARTS if args.parts is None else tuple(filter(None, args.parts.split(",")))

@@ -568,7 +568,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--most", type=int, default=600, help="length of the list that is made, at most")
     parser.add_argument("--out", required=True, help="folder for goal.json, tradeoff.csv and .html, confirmed.csv")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
-    parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="the h5ad that the recipe was made with")
+    parser.add_argument(
+        "--cells", default="assets/demo_cells.h5ad", help="the h5ad or store that the recipe was made with"
+    )
     parser.add_argument("--cache", help="folder in which finished work is kept and looked up")
 
 
@@ -582,7 +584,7 @@ def main(args: argparse.Namespace) -> None:
     import tempfile
     from pathlib import Path
 
-    from ge2hist_core.data import open_h5ad
+    from ge2hist_core.data import open_cells
     from ge2hist_core.files import atomic_path
     from perturb import charts
     from perturb.cache import DiskCache
@@ -597,7 +599,7 @@ def main(args: argparse.Namespace) -> None:
         target = ReadoutTarget(args.readout, args.value, args.change)
     recipe, model, cells = open_recipe(args)
     if args.like is not None:
-        with open_h5ad(args.cells, model.scgpt.vocab, matrix=recipe.matrix, gene_column=recipe.gene_column) as source:
+        with open_cells(args.cells, model.scgpt.vocab, matrix=recipe.matrix, gene_column=recipe.gene_column) as source:
             target = niche_target(source, args.like, model, recipe.encoder_seed)
     candidates = (
         default_candidates(recipe, cells, model, args.most)

@@ -292,7 +292,8 @@ def main(args: argparse.Namespace) -> None:
     if args.quick:
         args.cells, args.per_role, args.doses = min(args.cells, 8), min(args.per_role, 2), [KNOCKED_OUT, RAISED]
         args.pictures, args.probe_cells = min(args.pictures, 1), min(args.probe_cells, 200)
-    model, store = GE2Hist.load(args.bundle), TissueStore(args.data)
+    model = GE2Hist.load(args.bundle)
+    store = TissueStore(args.data, model.config.tile_px)
     chosen = cases(args.per_role, args.seed, args.doses)
     tile_um = model.config.tile_px * model.config.um_per_px
     truth = TrueTissue(store, tile_um, args.truth or truth_folder(args.data))

@@ -213,7 +213,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = kinds.add_parser("show", help="say what a table holds")
     show.add_argument("table", help="CollecTRI, DoRothEA or CellOracle layout; text, gzip or parquet")
     fit = kinds.add_parser("fit", help="fit weights to the cells of an h5ad")
-    fit.add_argument("--cells", default="assets/demo_cells.h5ad", help="h5ad with raw counts")
+    fit.add_argument("--cells", default="assets/demo_cells.h5ad", help="h5ad or store with raw counts")
     chosen = fit.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--regulators", help="genes that may regulate others, for example STAT1,HIF1A")
     chosen.add_argument("--candidates", help="table of the edges to choose from, for example a base GRN")
@@ -230,7 +230,7 @@ def main(args: argparse.Namespace) -> None:
     ------
     BadInput: a table or h5ad that cannot be used.
     """
-    from ge2hist_core.data import open_h5ad
+    from ge2hist_core.data import open_cells
     from perturb.run import print_progress
 
     if args.what == "show":
@@ -239,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
         network = known_truth()
     else:
         candidates = read_network(args.candidates) if args.candidates else args.regulators.split(",")
-        with open_h5ad(args.cells) as source:
+        with open_cells(args.cells) as source:
             network = fitted(
                 source, candidates, name="fitted network", cell_type=args.cell_type, on_progress=print_progress()
             )

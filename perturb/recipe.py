@@ -49,7 +49,7 @@ class Recipe:
     seeds: one picture per cell, arm and seed; both arms share all of the noise of a seed.
     encoder_seed: of tie-breaking and gene subsampling in the encoder, and of the resampling in the statistics.
     propagation: how the edits spread to other genes through a network; None: they do not.
-    matrix, gene_column: what to read in the data instead of the automatic choice, as in ``data.open_h5ad``.
+    matrix, gene_column: what to read in the data instead of the automatic choice, as in ``data.open_cells``.
     schema: version of this format.
 
     Raises
@@ -345,18 +345,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", help="network table through which the edits spread to other genes")
     parser.add_argument("--network-steps", type=int, default=DEFAULT_STEPS, help="edges in a row, 1 to 10")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
-    parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="h5ad with raw counts")
+    parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="h5ad or store with raw counts")
 
 
 def main(args: argparse.Namespace) -> None:
     """Print the recipe of the given options."""
-    from ge2hist_core.data import open_h5ad
+    from ge2hist_core.data import open_cells
     from ge2hist_core.model import GE2Hist
     from perturb.run import cells_for
 
     network = read_network(args.network) if args.network else None
     model = GE2Hist.load(args.bundle)
-    with open_h5ad(args.cells, model.scgpt.vocab) as source:
+    with open_cells(args.cells, model.scgpt.vocab) as source:
         recipe = Recipe(
             data_sha256=source.sha256,
             model_sha256=model.sha256,

@@ -286,7 +286,9 @@ def add_arguments(parser: argparse.ArgumentParser, evidence: bool = True) -> Non
     parser.add_argument("recipe", help="recipe.json")
     parser.add_argument("--out", required=True, help="folder for report, tables and pictures")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
-    parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="the h5ad that the recipe was made with")
+    parser.add_argument(
+        "--cells", default="assets/demo_cells.h5ad", help="the h5ad or store that the recipe was made with"
+    )
     parser.add_argument(
         "--network", help="table or JSON of a recipe whose edits spread, if no network.json lies beside it"
     )
@@ -305,13 +307,13 @@ def open_recipe(args: argparse.Namespace) -> tuple[Recipe, GE2Hist, Cells]:
     ------
     BadInput: one that cannot be used, or that do not belong together.
     """
-    from ge2hist_core.data import open_h5ad
+    from ge2hist_core.data import open_cells
     from ge2hist_core.model import GE2Hist
 
     recipe = Recipe.read(args.recipe)
     model = GE2Hist.load(args.bundle)
     options = {"matrix": recipe.matrix, "gene_column": recipe.gene_column}
-    with open_h5ad(args.cells, model.scgpt.vocab, **options) as source:
+    with open_cells(args.cells, model.scgpt.vocab, **options) as source:
         if source.sha256 != recipe.data_sha256:
             raise BadInput(
                 f"The recipe was made with data {recipe.data_sha256[:12]}, but {args.cells} is {source.sha256[:12]}: "

@@ -639,10 +639,10 @@ def _loaded(bundle: str, _: Stamp) -> GE2Hist:
 @lru_cache(maxsize=1)
 def _opened(bundle: str, cells: str, matrix: str | None, gene_column: str | None, stamps: tuple[Stamp, Stamp]) -> Any:
     """Model and source; opened again when a file behind either has another size or time of change."""
-    from ge2hist_core.data import open_h5ad
+    from ge2hist_core.data import open_cells
 
     model = _loaded(bundle, stamps[0])
-    return model, open_h5ad(cells, model.scgpt.vocab, matrix=matrix, gene_column=gene_column)
+    return model, open_cells(cells, model.scgpt.vocab, matrix=matrix, gene_column=gene_column)
 
 
 @lru_cache(maxsize=1)
@@ -733,7 +733,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder-seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="folder for report and tables")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
-    parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="h5ad with raw counts")
+    parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="h5ad or store with raw counts")
     parser.add_argument("--matrix", metavar="NAME", help="X, raw.X or a layer (default: raw counts that are found)")
     parser.add_argument("--gene-column", metavar="NAME", help="column of var, or index (default: best match)")
     parser.add_argument("--cache", help="folder in which finished work is kept and looked up")
@@ -747,7 +747,7 @@ def main(args: argparse.Namespace) -> None:
     ------
     BadInput: a bundle, data or signature file, gene or scheduler that cannot be used.
     """
-    from ge2hist_core.data import open_h5ad
+    from ge2hist_core.data import open_cells
     from ge2hist_core.model import GE2Hist
     from perturb.cache import DiskCache
     from perturb.run import cells_for, print_progress
@@ -757,7 +757,7 @@ def main(args: argparse.Namespace) -> None:
     sample = SampleConfig(args.solver, args.steps, args.guidance)
     first, further = _parse_seeds(args.seeds_first), _parse_seeds(args.seeds_further)
     model = GE2Hist.load(args.bundle)
-    with open_h5ad(args.cells, model.scgpt.vocab, matrix=args.matrix, gene_column=args.gene_column) as source:
+    with open_cells(args.cells, model.scgpt.vocab, matrix=args.matrix, gene_column=args.gene_column) as source:
         cells = cells_for(source, args.cell)
         recipe = Recipe(
             data_sha256=source.sha256,

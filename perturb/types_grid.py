@@ -316,7 +316,7 @@ def main(args: argparse.Namespace) -> None:
     import tempfile
     from contextlib import ExitStack
 
-    from ge2hist_core.data import open_h5ad
+    from ge2hist_core.data import open_cells
     from ge2hist_core.model import GE2Hist
     from ge2hist_core.real_tiles import load
     from perturb.cache import DiskCache
@@ -336,7 +336,7 @@ def main(args: argparse.Namespace) -> None:
             named = (args.first, args.second) if args.what == "way" else tuple(args.cell or ())
             options = {"matrix": args.matrix, "gene_column": args.gene_column}
         if named:
-            source = stack.enter_context(open_h5ad(args.cells, model.scgpt.vocab, **options))
+            source = stack.enter_context(open_cells(args.cells, model.scgpt.vocab, **options))
         if recipe is None:
             recipe = _asked(args, model, named, source)
         gallery = recipe.gallery(model, source)

@@ -62,9 +62,10 @@ def main(args: argparse.Namespace) -> None:
     from ge2hist_core.model import GE2Hist
     from ge2hist_core.store import TissueStore
 
+    model = GE2Hist.load(args.bundle)
     result = evaluate(
-        GE2Hist.load(args.bundle),
-        TissueStore(args.data),
+        model,
+        TissueStore(args.data, model.config.tile_px),
         counts_of(args),
         seed=args.seed,
         sample=SampleConfig(steps=args.steps, guidance=args.guidance),
@@ -74,10 +75,10 @@ def main(args: argparse.Namespace) -> None:
         work=args.out / ".work" / "evaluation",
     )
     result = without_nan(result)
+    write_json(args.out / "evaluation.json", result)
     for name, text in (("evaluation.md", markdown(result)), ("evaluation.html", html(result))):
         with atomic_path(args.out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    write_json(args.out / "evaluation.json", result)
     print(summary(result))
 
 
