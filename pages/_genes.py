@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -10,10 +10,15 @@ import streamlit as st
 from ge2hist_core.types import BadInput
 from pages import _ui
 from pages._experiment import Experiment, with_edit
+from pages._gene_search import matches
 from perturb.edits import MAX_COUNT, MAX_FACTOR, Edit, Perturbation
 
 if TYPE_CHECKING:
     from perturb.profile import Profile
+
+
+MANY_GENES = 1000
+"""From here on a list of all names would be felt: it travels to the browser whenever the page changes."""
 
 
 def gene_panel(experiment: Experiment, profile: Profile, edits: dict[str, dict[str, Any]]) -> None:
@@ -35,17 +40,7 @@ def gene_panel(experiment: Experiment, profile: Profile, edits: dict[str, dict[s
                 disabled=not experiment.recipe.perturbation,
             )
     table = profile.genes
-    st.selectbox(
-        "Add a gene",
-        [gene for gene in table.index if gene not in experiment.genes],
-        index=None,
-        key="gene",
-        placeholder="Add a gene: type its name",
-        format_func=_gene_label(profile),
-        on_change=_ui.safely(_add_gene),
-        args=(experiment,),
-        label_visibility="collapsed",
-    )
+    _gene_box(experiment, profile)
     if not experiment.genes:
         st.caption("Add a gene, or start with one of the strongest of this cell:")
         with st.container(horizontal=True, gap="small"):
@@ -54,6 +49,37 @@ def gene_panel(experiment: Experiment, profile: Profile, edits: dict[str, dict[s
     for gene in experiment.genes:
         with st.container(border=True, key=f"gene-{gene}", gap="small"):
             _gene_card(experiment, profile, gene, edits)
+
+
+def _gene_box(experiment: Experiment, profile: Profile) -> None:
+    """A list of all genes to type in; of many genes, a search whose matches alone are sent to the browser."""
+    genes = [gene for gene in profile.genes.index if gene not in experiment.genes]
+    hint = "Add a gene: type its name"
+    if len(genes) > MANY_GENES:
+        typed = st.text_input(
+            "Add a gene: search",
+            key="gene search",
+            placeholder="Add a gene: type its name, or a part",
+            on_change=_ui.safely(_add_typed_gene),
+            args=(experiment, genes),
+            label_visibility="collapsed",
+        )
+        genes, hint = matches(genes, typed), "Choose from what was found"
+        if not genes:
+            if typed.strip():
+                st.caption("No gene of these cells has such a name.")
+            return
+    st.selectbox(
+        "Add a gene",
+        genes,
+        index=None,
+        key="gene",
+        placeholder=hint,
+        format_func=_gene_label(profile),
+        on_change=_ui.safely(_add_gene),
+        args=(experiment,),
+        label_visibility="collapsed",
+    )
 
 
 def _gene_label(profile: Profile) -> Callable[[str], str]:
@@ -72,6 +98,15 @@ def _add_gene(experiment: Experiment) -> None:
     if gene := st.session_state["gene"]:
         experiment.show_gene(gene)
         st.session_state["gene"] = None
+        st.session_state["gene search"] = ""
+
+
+def _add_typed_gene(experiment: Experiment, genes: Sequence[str]) -> None:
+    """Takes a name that was typed in full; a part stays, to choose from what it matches."""
+    typed = st.session_state["gene search"].strip().casefold()
+    if gene := next((gene for gene in genes if gene.casefold() == typed), None):
+        experiment.show_gene(gene)
+        st.session_state["gene search"] = ""
 
 
 def _gene_card(experiment: Experiment, profile: Profile, gene: str, edits: dict[str, dict[str, Any]]) -> None:
