@@ -106,7 +106,8 @@ def gathered(**change: Any) -> Evidence:
     tables: dict[str, tuple[str, pd.DataFrame]] = {
         "technical": (
             "states",
-            pd.DataFrame({"cell_id": "a", "space": ["embedding", "z_c", "z_e"], "p": [0.05, 0.4, 0.05], "n": 19}),
+            pd.DataFrame({"cell_id": "a", "space": ["embedding", "z_c", "z_e"], "p": [0.05, 0.4, 0.05], "n": 19,
+                          "point": False}),
         ),
         "technical_drawn": (
             "readouts",
@@ -182,11 +183,23 @@ def test_what_could_not_be_had_is_noted_and_lights_nothing() -> None:
 
 def test_most_cells_of_a_group_have_to_leave_the_cloud() -> None:
     states = pd.DataFrame({"cell_id": np.repeat(["a", "b", "c"], 3), "space": ["embedding", "z_c", "z_e"] * 3, "n": 19})
+    states["point"] = False
     for left, wanted in ((1, False), (2, True), (3, True)):
         table = states.assign(p=np.repeat([0.05] * left + [0.5] * (3 - left), 3))
         evidence = Evidence("d" * 64, ("density",), 3, {"technical": Part("technical", {"states": table})})
         (check,) = (c for c in judge(CLEAR, INSIDE, 3, 20, None, evidence).checks if c.name == "technical")
         assert check.passed == wanted and f"{left} of 3 cells" in check.reason
+
+
+def test_a_cell_without_ties_is_no_evidence_of_leaving_them() -> None:
+    """Its cloud is a point, which any edit leaves."""
+    found = judge(CLEAR, INSIDE, 1, 20, None, gathered(technical={"point": True}))
+    assert "technical" not in {check.name for check in found.checks}
+    table = gathered().table("technical", "states")
+    both = pd.concat([table.assign(p=0.5), table.assign(cell_id="b", point=True)])
+    evidence = Evidence("d" * 64, ("density",), 2, {"technical": Part("technical", {"states": both})})
+    (check,) = (c for c in judge(CLEAR, INSIDE, 2, 20, None, evidence).checks if c.name == "technical")
+    assert not check.passed, "the cell with ties decides"
 
 
 # What was measured of the bundle
