@@ -412,10 +412,10 @@ def _natural(asked: _Asked) -> Found:
     found = natural_experiment(asked.cells, genes[0], types[0], niches, seed=asked.result.recipe.encoder_seed)
     beside = found.beside(asked.result)
     pairs = found.table.set_index("readout")
-    beside["n"] = [int(pairs.at[name, "n"]) for name in beside["readout"]]
+    beside["n"] = pairs["n"].reindex(beside["readout"]).fillna(0).astype(int).to_numpy()
     facts = {
         "gene": found.gene, "cell_type": found.cell_type, "rule": found.rule, "label": found.label,
-        "pairs": len(found.pairs), "donors": int(found.table["donors"].max()), "warnings": list(found.warnings),
+        "pairs": len(found.pairs), "donors": int(np.nan_to_num(found.table["donors"].max())), "warnings": list(found.warnings),
     }  # fmt: skip
     return {"beside": beside, "balance": found.balance}, facts
 

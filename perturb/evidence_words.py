@@ -191,8 +191,11 @@ def _natural(part: Part, evidence: Evidence) -> Iterator[str]:
         "second opinion, no test of cause."
     )
     for row in _headline(part, "beside", evidence):
+        if not np.isfinite(row["natural"]):
+            yield f"{name_of(row['readout'])}: the niches of these real cells give no value."
+            continue
         natural = f"{amount(row['readout'], row['natural'])} "
-        natural += f"({span(row['readout'], row['natural_low'], row['natural_high'])}, n = {row['n']} pairs)"
+        natural += f"({span(row['readout'], row['natural_low'], row['natural_high'])}, n = {row['n']:.0f} pairs)"
         verdict = {True: "the same way", False: "the other way"}.get(row["agree"], "not decided")
         yield (
             f"{name_of(row['readout'])}, in the direction of the edit: real cells {natural}, the model "
