@@ -415,7 +415,8 @@ def _natural(asked: _Asked) -> Found:
     beside["n"] = pairs["n"].reindex(beside["readout"]).fillna(0).astype(int).to_numpy()
     facts = {
         "gene": found.gene, "cell_type": found.cell_type, "rule": found.rule, "label": found.label,
-        "pairs": len(found.pairs), "donors": int(np.nan_to_num(found.table["donors"].max())), "warnings": list(found.warnings),
+        "pairs": len(found.pairs), "donors": int(np.nan_to_num(found.table["donors"].max())),
+        "warnings": list(found.warnings),
     }  # fmt: skip
     return {"beside": beside, "balance": found.balance}, facts
 

@@ -122,7 +122,30 @@ def _verdicts(result: Figure) -> Section | None:
         f"{count['undecided']}: a difference counts where its 95 % interval, paired over the same donors and cells, "
         f"excludes 0. It is nearer than every rival in {sum(v['ge2hist_wins'] for v in found)} figures."
     )
-    return Section("verdicts", "Who wins", [lead, *(f"- {v['sentence']}" for v in found)])
+    return Section("verdicts", "Who wins", [lead, *_unequal(result), *(f"- {v['sentence']}" for v in found)])
+
+
+ALIKE = 0.1
+"""Budgets that differ by less are called equal."""
+
+
+def _unequal(result: Figure) -> list[str]:
+    """A warning that names the rivals which were trained with another budget than GE2Hist; none where all had one."""
+    methods = result.get("methods") or {}
+    macs = {name: float((m.get("training") or {}).get("macs") or 0) for name, m in methods.items()}
+    own = macs.get("ge2hist", 0.0)
+    named = [
+        f"{_title(result, name)} with {1e-12 * macs[name]:,.0f}"
+        for name, m in methods.items()
+        if m["kind"] == "rival" and own and macs[name] and abs(macs[name] / own - 1) > ALIKE
+    ]
+    if not named:
+        return []
+    return [
+        f"**Not equal compute.** GE2Hist was trained with {1e-12 * own:,.0f} x 10^12 multiply-accumulates, "
+        f"{', '.join(named)}. A rival that was trained for less may be unfinished: look at its pictures before taking "
+        "such a comparison for a judgement on the method."
+    ]
 
 
 def _methods(result: Figure) -> Section | None:

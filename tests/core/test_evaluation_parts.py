@@ -430,3 +430,17 @@ def test_the_summary_has_the_contest_and_the_figures(told: dict[str, Any]):
     assert lines[0] == "classifier accuracy 1.0000 (n = 40 cells)"
     assert any(line.startswith("KID (colour features): Floor") for line in lines)
     assert sum(": GE2Hist (" in line for line in lines) == len(told["figure_3"]["verdicts"])
+
+
+def test_rivals_that_were_trained_for_less_are_named_before_the_verdicts(told: dict[str, Any]):
+    methods = {
+        OWN: {"title": "GE2Hist", "kind": "model", "training": {"macs": 600e12}},
+        "cdm": {"title": "RNA-CDM", "kind": "rival", "training": {"macs": 426e12}},
+        "copy": {"title": "Copy", "kind": "control"},
+    }
+    (found,) = (s for s in sections(told | {"methods": methods}) if s.key == "verdicts")
+    assert found.text[1].startswith("**Not equal compute.** GE2Hist was trained with 600 x 10^12")
+    assert "RNA-CDM with 426." in found.text[1]
+    methods["cdm"]["training"]["macs"] = 620e12
+    (found,) = (s for s in sections(told | {"methods": methods}) if s.key == "verdicts")
+    assert not any("equal compute" in text for text in found.text)
