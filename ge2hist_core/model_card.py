@@ -122,6 +122,13 @@ def _made(
     runs = _runs(training)
     for i, run in enumerate(runs):
         lines.append(_train_command(header, run, i, len(runs)))
+    if reader:
+        c = reader["figures"].get("train")
+        lines.append(
+            "python -m ge2hist_core train-reader DATA.zarr --out BUNDLE"
+            + (f" --steps {c['steps']} --batch-size {c['batch_size']} --seed {c['seed']}" if c else "")
+            + (" --autoencoder BUNDLE" if "reconstructed" in reader["figures"] else "")
+        )
     decoders = _decoders(training)
     for decoder in decoders:
         c = decoder["train"]
@@ -129,13 +136,6 @@ def _made(
             f"python -m ge2hist_core train-decoder BUNDLE DATA.zarr --steps {decoder['steps']} --batch-size "
             f"{c['autoencoder_batch']} --learning-rate {c['autoencoder_learning_rate']:g} --adversarial "
             f"{c['adversarial']:g} --mixed-precision {c['mixed_precision']} --seed {c['seed']}"
-        )
-    if reader:
-        c = reader["figures"].get("train")
-        lines.append(
-            "python -m ge2hist_core train-reader DATA.zarr --out BUNDLE"
-            + (f" --steps {c['steps']} --batch-size {c['batch_size']} --seed {c['seed']}" if c else "")
-            + (" --autoencoder BUNDLE" if "reconstructed" in reader["figures"] else "")
         )
     lines += fitted
     if evaluation:
