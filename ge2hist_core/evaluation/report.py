@@ -142,7 +142,7 @@ def _unequal(result: Figure) -> list[str]:
     if not named:
         return []
     return [
-        f"**Not equal compute.** GE2Hist was trained with {1e-12 * own:,.0f} x 10^12 multiply-accumulates, "
+        f"Not equal compute: GE2Hist was trained with {1e-12 * own:,.0f} x 10^12 multiply-accumulates, "
         f"{', '.join(named)}. A rival that was trained for less may be unfinished: look at its pictures before taking "
         "such a comparison for a judgement on the method."
     ]

@@ -439,7 +439,7 @@ def test_rivals_that_were_trained_for_less_are_named_before_the_verdicts(told: d
         "copy": {"title": "Copy", "kind": "control"},
     }
     (found,) = (s for s in sections(told | {"methods": methods}) if s.key == "verdicts")
-    assert found.text[1].startswith("**Not equal compute.** GE2Hist was trained with 600 x 10^12")
+    assert found.text[1].startswith("Not equal compute: GE2Hist was trained with 600 x 10^12")
     assert "RNA-CDM with 426." in found.text[1]
     methods["cdm"]["training"]["macs"] = 620e12
     (found,) = (s for s in sections(told | {"methods": methods}) if s.key == "verdicts")
