@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,7 @@ def _made(
         lines.append(
             f"python -m perturb known-truth BUNDLE DATA.zarr --out BUNDLE --cells {niche['n_cells']} --per-role "
             f"{niche['n_cases']['driver'] // 2} --seed {known['seed']}"
+            + (f" --pictures {known['pictures']['cells']}" if "cells" in (known.get("pictures") or {}) else "")
         )
     if simulation:
         lines.append("python -m ge2hist_core demo-cells DATA.zarr --bundle BUNDLE --out CELLS.h5ad")
@@ -395,7 +396,27 @@ def _known_truth(known: Mapping[str, Any]) -> str:
         f"unlinked genes in {interval(follows, '.0f', 100.0)} % of {follows['of']} readouts (5 % is chance). "
         "Intervals: 95 %, over donors of the same tissue.",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_drawn_truth(known.get("pictures") or {}, interval)])
+
+
+def _drawn_truth(drawn: Mapping[str, Any], interval: Callable[[Mapping[str, Any], str, float], str]) -> list[str]:
+    """Type-I error and coverage of what the app says of pictures."""
+    lines = []
+    for row in drawn.get("tests", ()):
+        if row["role"] == "inert" and row["readout"] == "all":
+            lines.append(
+                f"In pictures of {drawn['seeds']} noise seeds p is below 0.05 in {interval(row['p'], '.0f', 100.0)} % "
+                f"of {row['p']['of']} tests of genes that move nothing."
+            )
+    for row in drawn.get("own_conditional", ()):
+        if row["what"] == "all":
+            lines.append(
+                f"95 % intervals from {row['seeds']} seeds held the mean of {drawn['further']} further seeds in "
+                f"{interval(row, '.0f', 100.0)} % of {row['of']} cases."
+            )
+    if lines:
+        lines.append("Where an edit changes few of the pictures, such an interval is too narrow.")
+    return ["", " ".join(lines)] if lines else []
 
 
 def _contest(evaluation: Mapping[str, Any]) -> list[str]:

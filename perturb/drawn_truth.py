@@ -247,6 +247,7 @@ def draw(
                 bar.update()
     table = pd.concat(rows, ignore_index=True)
     figures: dict[str, Any] = {
+        "cells": design.cells,
         "pictures": design.pictures,
         "seeds": len(design.seeds),
         "further": design.further,
