@@ -412,10 +412,9 @@ def _drawn_truth(drawn: Mapping[str, Any], interval: Callable[[Mapping[str, Any]
         if row["what"] == "all":
             lines.append(
                 f"95 % intervals from {row['seeds']} seeds held the mean of {drawn['further']} further seeds in "
-                f"{interval(row, '.0f', 100.0)} % of {row['of']} cases."
+                f"{interval(row, '.0f', 100.0)} % of {row['of']} cases; {row.get('without', 0)} more had none, as none "
+                "of their pictures changed."
             )
-    if lines:
-        lines.append("Where an edit changes few of the pictures, such an interval is too narrow.")
     return ["", " ".join(lines)] if lines else []
 
 

@@ -364,7 +364,8 @@ def _finite(value: float) -> float | None:
 def _blocks(result: Result, more: Result, i: int, pair: Pair) -> Iterator[dict[str, Any]]:
     """Intervals of every 8 and every 16 seeds of a pair, held against the mean of its other seeds.
 
-    Readouts that do not vary are left out: their interval is a point, and right.
+    Readouts that do not vary are left out: their interval is a point, and right. Seeds that show no change where others
+    do have no interval (:func:`perturb.tables.statistics`): ``covers`` is NaN.
     """
     from perturb.stats import bootstrap_mean
 
@@ -382,11 +383,15 @@ def _blocks(result: Result, more: Result, i: int, pair: Pair) -> Iterator[dict[s
                 found, aim = bootstrap_mean(own, start), float(rest.mean())
                 widen = np.sqrt(1.0 + len(own) / len(rest))
                 low, high = (found.value + widen * (end - found.value) for end in (found.low, found.high))
-                yield {"pair": i, "role": pair.case.role, "seeds": k, "readout": readout, "covers": low <= aim <= high}
+                covers = float("nan") if low == high == 0 else float(low <= aim <= high)
+                yield {"pair": i, "role": pair.case.role, "seeds": k, "readout": readout, "covers": covers}
 
 
 def _coverage(blocks: pd.DataFrame, seed: int) -> Iterator[dict[str, Any]]:
-    """Coverage per number of seeds, of all readouts, of density and of shares; the interval is over pairs."""
+    """Coverage per number of seeds, of all readouts, of density and of shares; the interval is over pairs.
+
+    ``of``: cases with an interval. ``without``: those without, as no pair of theirs changed.
+    """
     from perturb.stats import clustered_ratio
 
     for k, some in blocks.groupby("seeds"):
@@ -399,7 +404,7 @@ def _coverage(blocks: pd.DataFrame, seed: int) -> Iterator[dict[str, Any]]:
                 yield (
                     {"seeds": int(k), "what": what, "n_pairs": int(part["pair"].nunique())}
                     | {key: _finite(getattr(found, key)) for key in ("value", "low", "high")}
-                    | {"of": found.n}
+                    | {"of": found.n, "without": int(part["covers"].isna().sum())}
                 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -166,8 +167,10 @@ def statistics(recipe: Recipe, readouts: pd.DataFrame) -> tuple[pd.DataFrame, pd
     Intervals run over seeds and, where the recipe names several cells, over cells and seeds (see
     :func:`perturb.stats.crossed_mean`). In the comparison a picture pair counts where the readout is defined in both
     pictures, and ``effect = edited - base`` over the same pairs. A type that no picture of either arm shows is left
-    out, it would only add tests.
+    out, it would only add tests. A readout that no pair differs in has no interval where the edit moves anything else:
+    16 pairs without a change do not exclude one in every sixth, and resampling zeros gives zeros.
     """
+    moves = _moves(readouts, "base", "edited")
     shape = (len(recipe.cell_ids), len(recipe.seeds))
     summary, comparison = [], []
     for readout, rows in readouts.groupby("readout", sort=False):
@@ -178,7 +181,7 @@ def statistics(recipe: Recipe, readouts: pd.DataFrame) -> tuple[pd.DataFrame, pd
         for arm, value in values.items():
             found = crossed_mean(value, recipe.encoder_seed, LEVEL)
             summary.append((arm, readout, unit, found.value, found.low, found.high, found.n))
-        base, edited, found = _paired(values["base"], values["edited"], recipe.encoder_seed)
+        base, edited, found = _paired(values["base"], values["edited"], recipe.encoder_seed, moves)
         means = (_mean(base), _mean(edited))
         comparison.append((readout, unit, *means, found.value, found.low, found.high, found.p, found.n))
     table = pd.DataFrame(comparison, columns=["readout", "unit", "base", "edited", "effect", "low", "high", "p", "n"])
@@ -193,12 +196,13 @@ def spread_effects(recipe: Recipe, readouts: pd.DataFrame) -> pd.DataFrame:
     columns = ["contrast", "readout", "unit", "effect", "low", "high", "p", "n"]
     for contrast in CONTRASTS if "direct" in recipe.arms else ():
         second, first = (names.get(name, name) for name in contrast.split(" - "))
+        moves = _moves(readouts, first, second)
         rows = []
         for readout, part in readouts.groupby("readout", sort=False):
             values = {arm: some["value"].to_numpy().reshape(shape) for arm, some in part.groupby("arm", sort=False)}
             if ":" in readout and not any(np.nan_to_num(value).any() for value in values.values()):
                 continue
-            found = _paired(values[first], values[second], recipe.encoder_seed)[2]
+            found = _paired(values[first], values[second], recipe.encoder_seed, moves)[2]
             unit = part["unit"].iloc[0]
             rows.append((contrast, readout, unit, found.value, found.low, found.high, found.p, found.n))
         table = pd.DataFrame(rows, columns=columns)
@@ -207,11 +211,20 @@ def spread_effects(recipe: Recipe, readouts: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*columns[:7], "q", "n"])
 
 
-def _paired(base: np.ndarray, edited: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, Estimate]:
+def _moves(readouts: pd.DataFrame, first: str, second: str) -> bool:
+    """Whether any readout of any pair differs between two arms: else the edit does nothing, and 0 is certain."""
+    one, other = (readouts.loc[readouts["arm"] == arm, "value"].to_numpy() for arm in (first, second))
+    return not np.array_equal(one, other, equal_nan=True)
+
+
+def _paired(base: np.ndarray, edited: np.ndarray, seed: int, moves: bool) -> tuple[np.ndarray, np.ndarray, Estimate]:
     """Both arms ``[cell, seed]`` where both are defined, else NaN, and their paired difference."""
     defined = np.isfinite(base) & np.isfinite(edited)
     base, edited = (np.where(defined, arm, np.nan) for arm in (base, edited))
-    return base, edited, crossed_effect(base, edited, seed, LEVEL)
+    found = crossed_effect(base, edited, seed, LEVEL)
+    if moves and found.low == found.high == 0:
+        found = replace(found, low=float("nan"), high=float("nan"))
+    return base, edited, found
 
 
 def spread_table(recipe: Recipe, model: GE2Hist, expression: dict[str, Cells]) -> pd.DataFrame:

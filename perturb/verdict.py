@@ -182,6 +182,8 @@ def _interval(row: Mapping[str, Any], n_cells: int) -> Check:
     covers = f"the noise of drawing{' and the choice of these cells' * several}, not donors and not the model's errors"
     if not np.isfinite(row["low"]):
         why = "Too few nuclei in one of the pictures" if n == 0 else "One pair of pictures gives no interval"
+        if n > 1:
+            why = "No pair of pictures differs in this readout, so that nothing is known of how rare a change is"
         return Check("interval", False, f"{why} (n = {n}).", "there is no interval")
     passed = _excludes_0(row)
     return Check(
@@ -374,6 +376,8 @@ def _claim(row: Mapping[str, Any], colour: str, checks: Sequence[Check]) -> str:
     if not np.isfinite(effect):
         return "Undefined: too few nuclei in one of the pictures."
     interval = f" ({_range(row)})" if np.isfinite(row["low"]) else ""
+    if effect == 0 and not interval and row["n"] > 1:
+        return "No drawn pair of pictures differs in it, which says little of how rare a change is."
     if colour == "grey":
         return f"The drawn difference, {_amount(row, effect)}{interval}, is not told apart from the noise of drawing."
     size = _amount(row, abs(effect)).lstrip("+")

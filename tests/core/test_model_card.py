@@ -487,11 +487,12 @@ def test_edits_of_known_effect_stand_in_the_card_with_their_command(tmp_path: Pa
     drawn = {
         "cells": 5, "seeds": 16, "further": 64,
         "tests": [{"role": "inert", "readout": "all", "p": {"value": 0.02, "low": 0.01, "high": 0.04, "of": 270}}],
-        "own_conditional": [{"what": "all", "seeds": 16, "value": 0.6, "low": 0.3, "high": 0.8, "of": 54}],
+        "own_conditional": [{"what": "all", "seeds": 16, "value": 0.6, "low": 0.3, "high": 0.8, "of": 54,
+                             "without": 7}],
     }  # fmt: skip
     write_json(tmp_path / "known_truth.json", {"seed": 4, "niche network": niche, "pictures": drawn})
     card = model_card(tmp_path)
     assert "known-truth BUNDLE DATA.zarr --out BUNDLE --cells 9 --per-role 6 --seed 4 --pictures 5" in card
-    assert "below 0.05 in 2 [1, 4] % of 270 tests" in card and "in 60 [30, 80] % of 54 cases" in card
+    assert "below 0.05 in 2 [1, 4] % of 270 tests" in card and "in 60 [30, 80] % of 54 cases; 7 more had none" in card
     assert ["direct", "0.25 [0.10, 0.40]", "0.50", "7 of 8"] in table(section(card, "Edits of known effect"))
     assert "9 [5, 12] % of 288 readouts" in card

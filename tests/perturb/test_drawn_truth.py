@@ -55,6 +55,19 @@ def test_readouts_that_never_vary_do_not_count_as_covered() -> None:
     assert not list(drawn_truth._blocks(result_of(nothing), result_of(nothing, 4), 0, pair))
 
 
+def test_seeds_without_a_change_have_no_interval_and_are_counted_apart() -> None:
+    """Of 16 and 64 seeds the last 8 change: blocks of 8 zeros cannot say how rare a change is."""
+    few, more = np.zeros((len(READOUTS), 16)), np.zeros((len(READOUTS), 64))
+    more[:, -8:] = 1.0
+    pair = Pair(Case("inert", "G", 0.0, (("G", 0.0),)), 0, True)
+    blocks = pd.DataFrame(drawn_truth._blocks(result_of(few), result_of(more, 16), 0, pair))
+    found = {(row["seeds"], row["what"]): row for row in drawn_truth._coverage(blocks, 0)}
+    # Ten blocks of eight seeds: nine of zeros; in the one of ones neither these nor the others vary.
+    assert found[8, "density"]["without"] == 9 and found[8, "density"]["of"] == 0
+    # Five of sixteen: four of zeros, and one that is half zeros and half ones.
+    assert found[16, "density"]["without"] == 4 and found[16, "density"]["of"] == 1
+
+
 def test_the_smallest_effect_is_found_by_a_t_test_as_often_as_said() -> None:
     effect = smallest_effect(2.0, 16)
     draws = np.random.default_rng(2).normal(effect, 2.0, (20000, 16))

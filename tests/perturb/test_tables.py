@@ -1,0 +1,50 @@
+"""The comparison's table: what has an interval and what cannot have one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from perturb.edits import Perturbation
+from perturb.recipe import Recipe
+from perturb.tables import statistics
+
+SEEDS = tuple(range(8))
+
+
+def recipe(cells: int = 1) -> Recipe:
+    names = tuple(f"cell-{i}" for i in range(cells))
+    return Recipe("d" * 64, "e" * 64, names, Perturbation.parse("GAPDH:ko"), seeds=SEEDS)
+
+
+def readouts(density: list[float], share: list[float], cells: int = 1) -> pd.DataFrame:
+    """Both readouts after the edit, by picture; before it they are 10 and 0.5."""
+    rows = [
+        (arm, f"cell-{c}", seed, readout, unit, value if arm == "base" else after[c * len(SEEDS) + i])
+        for arm in ("base", "edited")
+        for readout, unit, value, after in (
+            ("density", "cells/mm²", 10.0, density),
+            ("fraction:Lymphocyte", "fraction", 0.5, share),
+        )
+        for c in range(cells)
+        for i, seed in enumerate(SEEDS)
+    ]
+    return pd.DataFrame(rows, columns=["arm", "cell_id", "seed", "readout", "unit", "value"])
+
+
+@pytest.mark.parametrize("cells", [1, 2])
+def test_a_readout_that_no_pair_differs_in_has_no_interval_where_others_do(cells: int) -> None:
+    n = cells * len(SEEDS)
+    some = [10.0] * (n - 1) + [12.0]
+    table = statistics(recipe(cells), readouts(some, [0.5] * n, cells))[1].set_index("readout")
+    still = table.loc["fraction:Lymphocyte"]
+    assert (still["effect"], still["n"], still["p"]) == (0.0, n, 1.0)
+    assert np.isnan(still["low"]) and np.isnan(still["high"])
+    moved = table.loc["density"]
+    assert moved["low"] <= moved["effect"] <= moved["high"] and moved["effect"] == pytest.approx(2 / n)
+
+
+def test_an_edit_that_moves_nothing_at_all_is_exactly_nothing() -> None:
+    table = statistics(recipe(), readouts([10.0] * 8, [0.5] * 8))[1]
+    assert (table[["effect", "low", "high"]] == 0).all(axis=None) and (table["p"] == 1).all()
