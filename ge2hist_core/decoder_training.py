@@ -38,8 +38,7 @@ from ge2hist_core import rng
 from ge2hist_core.autoencoder import TileAutoencoder, autoencoder_loss, from_uint8, psnr
 from ge2hist_core.config import TrainConfig, to_json
 from ge2hist_core.model import GE2Hist
-from ge2hist_core.rivals.common import limited_rows
-from ge2hist_core.training import Batch, Objective, Record, device_name, dihedral, fit
+from ge2hist_core.training import Batch, Objective, Record, device_name, dihedral, fit, limited_rows
 from ge2hist_core.types import BadInput
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ def train_decoder(
     if accelerator is None:
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
         accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=handlers)
-    rows = limited_rows(store, store.split()["train"], config.cells_per_donor, config.seed)
+    rows = limited_rows(store, store.rows(store.split()["train"]), config)
     test = rng.stream(config.seed, "subset", "test").permutation(store.rows(store.split()["test"]))[:256]
     judged = store.tiles(np.sort(test))
     before = psnr(model.autoencoder.decode(model.autoencoder.encode(judged)), judged)

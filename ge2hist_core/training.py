@@ -96,7 +96,7 @@ if TYPE_CHECKING:
 
     from ge2hist_core.store import TissueStore
 
-__all__ = ["Record", "Trainer", "add_arguments", "class_weights", "device_name", "main"]
+__all__ = ["Record", "Trainer", "add_arguments", "class_weights", "device_name", "limited_rows", "main"]
 
 Batch = dict[str, Tensor]
 MakeBatch = Callable[[int, slice], Batch]
@@ -539,6 +539,22 @@ def class_weights(label: np.ndarray, alpha: float, beta: float) -> np.ndarray:
     return 1 / effective**alpha
 
 
+def limited_rows(store: TissueStore, rows: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """Rows to learn: at most ``cells_per_donor`` of a donor, drawn at random; ``cells_per_type`` of a type if more.
+
+    The cells of one seed are the same for everyone who learns from a store, so that rivals have no other material.
+    """
+    draw, donor = rng.stream(config.seed, "cells per donor"), store.cells.donor[rows]
+    some = []
+    for name in np.unique(donor):
+        mine = draw.permutation(rows[donor == name])
+        some.append(mine[: config.cells_per_donor])
+        if config.cells_per_type:
+            kind = store.cells.cell_type[mine]
+            some += [mine[kind == one][: config.cells_per_type] for one in np.unique(kind)]
+    return np.unique(np.concatenate(some)) if some else rows
+
+
 def dihedral(tiles: np.ndarray, element: int) -> np.ndarray:
     """Tiles ``[n, H, W, 3]`` turned by ``element % 4`` quarter turns after a reflection if ``element >= 4``."""
     if element >= 4:
@@ -608,7 +624,7 @@ class Trainer:
         self.label = np.searchsorted(np.sort(types), store.cells.cell_type.astype(str))
         self.label = np.argsort(types.astype(str), kind="stable")[self.label]
         split = store.split()
-        self.rows = {name: self._limited(store.rows(donors)) for name, donors in split.items()}
+        self.rows = {name: limited_rows(store, store.rows(donors), config) for name, donors in split.items()}
         for name, rows in self.rows.items():
             if not len(rows):
                 raise BadInput(f"The {name} donors have no cell with a whole tile: give more or larger sections.")
@@ -640,18 +656,6 @@ class Trainer:
                 f"{model.folder or model.scgpt_folder} has learned from donor {leaked[0]!r}, which this store holds "
                 "out: use the store that it was trained on, or donors that it has not seen."
             )
-
-    def _limited(self, rows: np.ndarray) -> np.ndarray:
-        """At most ``cells_per_donor`` rows of each donor, drawn at random, or ``cells_per_type`` of a type if more."""
-        draw, donor = rng.stream(self.config.seed, "cells per donor"), self.store.cells.donor[rows]
-        some = []
-        for name in np.unique(donor):
-            mine = draw.permutation(rows[donor == name])
-            some.append(mine[: self.config.cells_per_donor])
-            if self.config.cells_per_type:
-                kind = self.store.cells.cell_type[mine]
-                some += [mine[kind == one][: self.config.cells_per_type] for one in np.unique(kind)]
-        return np.unique(np.concatenate(some)) if some else rows
 
     def _standardised_neighbours(self) -> np.ndarray:
         """Root counts of each type in the tiles of the cells used, ``[row, type]``, 0 +- 1 over training cells."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ge2hist_core.config import TrainConfig
 from ge2hist_core.rivals import RIVALS, rival_class
-from ge2hist_core.rivals.common import DEVICES, Budget, limited_rows
+from ge2hist_core.rivals.common import DEVICES, Budget
 from ge2hist_core.types import BadInput
 
 __all__ = ["add_arguments", "main"]
@@ -44,6 +44,7 @@ def main(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ge2hist_core.store import TissueStore
+    from ge2hist_core.training import limited_rows
 
     limits = {"--minutes": args.minutes, "--tera-macs": args.tera_macs, "--wall-minutes": args.wall_minutes}
     for name, value in limits.items():
@@ -55,7 +56,8 @@ def main(args: argparse.Namespace) -> None:
             raise BadInput(f"{name} is {value}: give at least 1.")
     cls, store = rival_class(args.rival), TissueStore(args.data)
     config = cls.Config() if args.batch_size is None else replace(cls.Config(), batch_size=args.batch_size)
-    rows = limited_rows(store, store.split()["train"], args.cells_per_donor, args.seed)
+    taken = TrainConfig(cells_per_donor=args.cells_per_donor, seed=args.seed)
+    rows = limited_rows(store, store.rows(store.split()["train"]), taken)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     budget = Budget(
         macs=None if args.tera_macs is None else 1e12 * args.tera_macs,

@@ -15,7 +15,7 @@ import itertools
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,6 @@ __all__ = [
     "descend",
     "device_called",
     "gradient_penalty",
-    "limited_rows",
     "pixels_of",
     "read_header",
     "wasserstein_step",
@@ -149,15 +148,6 @@ def device_called(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise BadInput("PyTorch finds no GPU here: choose the device auto or cpu, or install PyTorch with CUDA.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def limited_rows(store: TissueStore, donors: Iterable[str], cells_per_donor: int, seed: int) -> np.ndarray:
-    """At most ``cells_per_donor`` cells with whole tiles of each donor: those that ``train`` takes for this seed."""
-    rows = store.rows(donors)
-    draw, donor = rng.stream(seed, "cells per donor"), store.cells.donor
-    assert donor is not None
-    some = [draw.permutation(rows[donor[rows] == name])[:cells_per_donor] for name in np.unique(donor[rows])]
-    return np.sort(np.concatenate(some)) if some else rows
 
 
 def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:

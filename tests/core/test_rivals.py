@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from ge2hist_core import rng
-from ge2hist_core.__main__ import run_command
+from ge2hist_core.__main__ import COMMANDS, run_command
 from ge2hist_core.config import TILE_PX, UM_PER_PX, SampleConfig, TrainConfig
 from ge2hist_core.rivals import RIVALS, load_rival, rival_class
 from ge2hist_core.rivals.beta_vae import BetaVAE, log_normalised
@@ -29,7 +28,6 @@ from ge2hist_core.rivals.common import (
     count_macs,
     device_called,
     gradient_penalty,
-    limited_rows,
     pixels_of,
 )
 from ge2hist_core.rivals.controls import NearestTile, ShuffledCondition
@@ -37,7 +35,7 @@ from ge2hist_core.rivals.rna_cdm import RNACDMConfig
 from ge2hist_core.rivals.rna_gan import RNAGAN, RNAGANConfig
 from ge2hist_core.rivals.transgan import TransGAN, TransGANConfig, _Block, augment, augmentation
 from ge2hist_core.store import SectionRecord, TissueStore, write_store
-from ge2hist_core.training import Trainer
+from ge2hist_core.training import limited_rows
 from ge2hist_core.types import BadInput, Cells
 
 GENES = ("CD8A", "CD4", "EPCAM", "COL1A1", "PECAM1", "GAPDH")
@@ -331,10 +329,13 @@ def test_training_tiles_are_turned_and_mirrored_and_repeat(store, rows):
     assert torch.equal(pixels[1], pictures[1].permute(2, 0, 1).float().div(127.5).sub(1))
 
 
-def test_rivals_learn_from_the_cells_that_the_bundle_learns_from(store):
-    donors = store.split()["train"]
-    owner = SimpleNamespace(config=TrainConfig(cells_per_donor=3, seed=5), store=store)
-    np.testing.assert_array_equal(limited_rows(store, donors, 3, 5), Trainer._limited(owner, store.rows(donors)))
+def test_rivals_learn_from_the_cells_that_the_bundle_learns_from(path, store, tmp_path):
+    argv = ["train-rival", "rna-gan", str(path), "--out", str(tmp_path / "r"), "--minutes", "0.001"]
+    argv += ["--seed", "5", "--cells-per-donor", "3", "--device", "cpu", "--batch-size", "2"]
+    assert run_command("x", "", COMMANDS, argv) == 0
+    trained = json.loads((tmp_path / "r" / "rival.json").read_text(encoding="utf-8"))["training"]
+    expected = limited_rows(store, store.rows(store.split()["train"]), TrainConfig(cells_per_donor=3, seed=5))
+    assert trained["cells"] == len(expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

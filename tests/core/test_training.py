@@ -13,7 +13,6 @@ import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ from ge2hist_core.denoiser import Denoiser
 from ge2hist_core.model import GE2Hist
 from ge2hist_core.sampler import alphas_cumprod
 from ge2hist_core.store import TissueStore, write_store
-from ge2hist_core.training import MainObjective, Trainer, class_weights, dihedral, learning_rate
+from ge2hist_core.training import MainObjective, Trainer, class_weights, dihedral, learning_rate, limited_rows
 from ge2hist_core.training_cost import Gpu, hours, stage_costs, training_macs
 from ge2hist_core.types import BadInput
 from ge2hist_core.vae import StateEncoder
@@ -336,7 +335,7 @@ def test_rare_types_are_kept_beyond_the_limit_of_a_donor(store: TissueStore):
 
     def kept(least: int) -> np.ndarray:
         config = TrainConfig(cells_per_donor=2, cells_per_type=least)
-        return Trainer._limited(SimpleNamespace(config=config, store=store), rows)  # type: ignore[arg-type]
+        return limited_rows(store, rows, config)
 
     table = store.obs.iloc[kept(1)]
     assert set(kept(0)) <= set(kept(1)) and len(np.unique(kept(1))) == len(kept(1))
