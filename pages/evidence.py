@@ -142,6 +142,7 @@ def _evaluation(model: GE2Hist) -> None:
         _papers_figures(evaluation)
 
 
+# Sections of an evaluation that are shown whole; what else it holds is told above in its own way.
 PAPERS_FIGURES = (
     "verdicts",
     "table_1",
@@ -152,7 +153,6 @@ PAPERS_FIGURES = (
     "central_types",
     "read_back",
 )
-"""Sections of an evaluation that are shown whole; what else it holds is told above in its own way."""
 
 
 def _papers_figures(evaluation: dict[str, Any]) -> None:
