@@ -180,7 +180,9 @@ def statistics(recipe: Recipe, readouts: pd.DataFrame) -> tuple[pd.DataFrame, pd
         unit = rows["unit"].iloc[0]
         for arm, value in values.items():
             found = crossed_mean(value, recipe.encoder_seed, LEVEL)
-            summary.append((arm, readout, unit, found.value, found.low, found.high, found.n))
+            # No readout is negative and no share above 1, which the interval of a few cells does not know.
+            low, high = np.clip([found.low, found.high], 0.0, 1.0 if readout.startswith("fraction:") else None)
+            summary.append((arm, readout, unit, found.value, float(low), float(high), found.n))
         base, edited, found = _paired(values["base"], values["edited"], recipe.encoder_seed, moves)
         means = (_mean(base), _mean(edited))
         comparison.append((readout, unit, *means, found.value, found.low, found.high, found.p, found.n))

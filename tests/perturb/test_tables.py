@@ -48,3 +48,12 @@ def test_a_readout_that_no_pair_differs_in_has_no_interval_where_others_do(cells
 def test_an_edit_that_moves_nothing_at_all_is_exactly_nothing() -> None:
     table = statistics(recipe(), readouts([10.0] * 8, [0.5] * 8))[1]
     assert (table[["effect", "low", "high"]] == 0).all(axis=None) and (table["p"] == 1).all()
+
+
+def test_an_arms_interval_stays_where_its_readout_can_be() -> None:
+    """Two cells far apart: Student's interval alone would go far below 0 and beyond 1."""
+    n = 2 * len(SEEDS)
+    table = statistics(recipe(2), readouts([0.0] * 8 + [30.0] * 8, [0.05] * 8 + [0.9] * 8, 2))[0]
+    edited = table[table["arm"] == "edited"].set_index("readout")
+    assert edited.loc["density", "low"] == 0 and edited.loc["density", "high"] > 30
+    assert (edited.loc["fraction:Lymphocyte", ["low", "high"]] == [0.0, 1.0]).all() and n == edited["n"].iloc[0]
