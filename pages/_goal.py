@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from pages import _ui
+from pages import _tables, _ui
 from pages._cells import LISTED_CELLS
 from pages._experiment import Experiment, describe
 from perturb.edits import Perturbation
@@ -139,7 +139,7 @@ def _show(goal: Goal, result: GoalResult, experiment: Experiment) -> None:
     )
     _open_one(found, experiment)
     st.markdown("##### Best sets, judged without drawing")
-    st.dataframe(result.tradeoff, hide_index=True, key="table tradeoff")
+    _tables.show(result.tradeoff, key="table tradeoff")
     st.caption(
         "No other set has as few edits, as good support and as small a distance. Closed: share of the gap to the "
         f"target. Distance and towards: in {goal.target.unit}. Support: conformal p, mean over cells; outside: "
@@ -149,7 +149,7 @@ def _show(goal: Goal, result: GoalResult, experiment: Experiment) -> None:
     )
     if len(result.confirmed):
         st.markdown("##### Drawn sets")
-        st.dataframe(result.confirmed, hide_index=True, key="table goal drawn")
+        _tables.show(result.confirmed, key="table goal drawn")
         st.caption(
             f"Effect: mean paired difference to the start over {len(goal.further_seeds)} seeds that chose nothing, "
             "with its 95 % interval over seeds (and cells, where there are several); n counts picture pairs. Towards: "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from pages import _ui
+from pages import _tables, _ui
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,5 +88,5 @@ def parts(evidence: Evidence) -> None:
 
 def _table(part: str, table: Any, caption: str) -> None:
     with st.container(gap="small"):
-        st.dataframe(table, hide_index=True, key=f"evidence {part} {caption}")
+        _tables.show(table, key=f"evidence {part} {caption}")
         st.caption(_ui.plain(caption))

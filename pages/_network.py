@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from ge2hist_core.types import BadInput
-from pages import _ui
+from pages import _tables, _ui
 from pages._experiment import Experiment
 from pages._gene_search import choose_genes
 
@@ -208,17 +208,7 @@ def spread_section(result: Result) -> None:
     )
     moved = result.spread
     st.markdown(f"**{moved['gene'].nunique()} genes moved by the network**")
-    st.dataframe(
-        moved,
-        hide_index=True,
-        height=240,
-        column_config={
-            "cell_id": "Cell",
-            "gene": "Gene",
-            "count_before": st.column_config.NumberColumn("Counts, direct edit", format="%.3g"),
-            "count_after": st.column_config.NumberColumn("Counts, network", format="%.3g"),
-            "bin_before": "Bin, direct",
-            "bin_after": "Bin, network",
-        },
-    )
+    names = {"before": "direct edit", "after": "network"}
+    titles = {f"{what}_{arm}": f"{what}, {name}" for what in ("count", "bin") for arm, name in names.items()}
+    _tables.show(moved.rename(columns=titles | {"cell_id": "cell"}), height=240)
     st.download_button("Genes (CSV)", _ui.csv(moved), "spread.csv", "text/csv", key="download spread")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from pages import _ui
+from pages import _tables, _ui
 from pages._doses import dose_panel
 from pages._downloads import result_downloads
 from pages._lights import evidence_of, gather_button, lights
@@ -132,20 +132,4 @@ def _replay(result: Result, model: GE2Hist) -> None:
 
 
 def _table(result: Result, model: GE2Hist) -> None:
-    number = st.column_config.NumberColumn
-    st.dataframe(
-        result.comparison,
-        hide_index=True,
-        column_config={
-            "readout": "Readout",
-            "unit": "Unit",
-            "base": number("Before", format="%.4g"),
-            "edited": number("After", format="%.4g"),
-            "effect": number("Difference", format="%.4g"),
-            "low": number("95 % from", format="%.4g"),
-            "high": number("to", format="%.4g"),
-            "p": number("p", format="%.3g"),
-            "q": number("q (FDR)", format="%.3g"),
-            "n": "Pairs",
-        },
-    )
+    _tables.show(result.comparison.rename(columns={"n": "pairs"}))

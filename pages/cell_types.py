@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from pages import _ui
+from pages import _tables, _ui
 from pages._cells import LISTED_CELLS
 from perturb.colours import colour_of
 
@@ -135,7 +135,7 @@ def _show(recipe: TypesGrid, gallery: Gallery, model: GE2Hist, images: Any) -> N
             "Distance: root mean square over z_c and z_e in standard deviations of the real tiles; about 1.4 lies "
             "between two unrelated cells."
         )
-    st.dataframe(table, hide_index=True)
+    _tables.show(table.drop(columns="row") if gallery.paired else table)
     st.caption(
         "One picture each, nuclei read from it: density in cells/mm², spacing in µm, shares as fractions. A single "
         "draw says little about a type; change the seed to see others."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from ge2hist_core.types import BadInput
-from pages import _ui
+from pages import _tables, _ui
 from perturb.workspace import (
     MAX_AGE_DAYS,
     MAX_SCENARIOS,
@@ -259,7 +259,8 @@ def _effects(names: list[str], results: list[Result]) -> str:
     st.markdown("##### Edited against unedited")
     figure = charts.scenarios(table, readout, _ui.theme())
     st.plotly_chart(figure, theme=None, key="scenarios", config=charts.CHART_CONFIG)
-    st.dataframe(table[table["readout"] == readout].drop(columns="readout"), hide_index=True)
+    shown = table[table["readout"] == readout].drop(columns="readout").set_index("scenario").reset_index()
+    _tables.show(shown)
     st.caption(
         f"Effect: edited minus unedited over {n} noise seeds that all scenarios share, with its 95 % interval. "
         "q is adjusted within each scenario."
@@ -274,7 +275,7 @@ def _effects(names: list[str], results: list[Result]) -> str:
     if len(rows):
         figure = contrast_chart(contrasts, readout, reference, _ui.theme())
         st.plotly_chart(figure, theme=None, key="contrasts", config=charts.CHART_CONFIG)
-        st.dataframe(rows.drop(columns=["readout", "reference"]), hide_index=True)
+        _tables.show(rows.drop(columns=["readout", "reference"]))
     else:
         st.caption(f"No scenario's pictures show {_ui.plain(readout)}.")
     st.caption(

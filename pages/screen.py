@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from ge2hist_core.types import BadInput
-from pages import _ui
+from pages import _tables, _ui
 from pages._downloads import screen_downloads
 from pages._experiment import Experiment
 from pages._gene_search import choose_genes
@@ -174,7 +174,7 @@ def _show(result: ScreenResult, screen: Screen, experiment: Experiment) -> None:
 
 def _table(table: pd.DataFrame, experiment: Experiment, key: str) -> None:
     """A ranked table; a chosen row opens its edit in the explorer."""
-    event = st.dataframe(table, hide_index=True, key=f"table {key}", on_select="rerun", selection_mode="single-row")
+    event = _tables.show(table, key=f"table {key}", on_select="rerun", selection_mode="single-row")
     rows = event["selection"]["rows"]
     if rows:
         _open(experiment, str(table["candidate"].iloc[rows[0]]))

@@ -262,15 +262,17 @@ def volcano(confirmed: pd.DataFrame, theme: str = "light") -> go.Figure:
     """
     rows = confirmed[confirmed["p"].notna()]
     hit = (rows["q"] < 0.05) & rows["replicated"]
+    height = -np.log10(rows["p"]) + 0.0  # no -0
     figure = go.Figure()
     figure.add_vline(x=0, line={"color": THEMES[theme]["muted"], "dash": "dot"})
     figure.add_scatter(
         x=rows["effect"],
-        y=-np.log10(rows["p"]),
+        y=height,
         customdata=rows[["candidate", "low", "high", "q"]],
-        text=[name.partition("(")[0] for name in rows["candidate"]],
+        text=_shared_labels(rows["candidate"], rows["effect"], height),
         mode="markers+text",
         textposition="top center",
+        cliponaxis=False,
         marker={
             "size": 11,
             "color": [colour_of("CD8 T cell") if h else THEMES[theme]["muted"] for h in hit],
@@ -281,9 +283,17 @@ def volcano(confirmed: pd.DataFrame, theme: str = "light") -> go.Figure:
         showlegend=False,
     )
     figure.update_xaxes(title_text=f"Edited - unedited ({_unit(rows)})")
-    figure.update_yaxes(title_text="-log10 p", rangemode="tozero")
+    figure.update_yaxes(title_text="-log10 p", range=[0, 1.15 * max(1.0, height.max())] if len(rows) else None)
     figure.update_layout(clickmode="event+select")
     return _finish(figure, theme, "Drawn candidates; filled: q < 0.05 and replicated")
+
+
+def _shared_labels(names: pd.Series, x: pd.Series, y: pd.Series) -> list[str]:
+    """A label for each point; points in one place, of which few pairs changed, share one: the first, and how many."""
+    place = pd.Series(list(zip(x.round(6), y.round(6), strict=True)), index=names.index)
+    more = place.map(place.value_counts()) - 1
+    labels = names.str.partition("(")[0] + more.map(lambda n: f" and {n} more" if n else "")
+    return labels.where(~place.duplicated(), "").tolist()
 
 
 def scenarios(table: pd.DataFrame, readout: str, theme: str = "light") -> go.Figure:

@@ -168,3 +168,18 @@ def test_true_against_drawn_has_a_panel_per_unit_with_diagonal_and_equal_axes(th
     hostile = charts.true_against_drawn(effects.assign(programme="<b>a</b>_b"), {}, theme)
     assert hostile.data[-1].customdata[0][0] == "&lt;b&gt;a&lt;/b&gt; b"
     assert not [trace for trace in charts.true_against_drawn(effects[:0], {}, theme).data if trace.mode == "markers"]
+
+
+def test_candidates_in_one_place_of_the_volcano_share_a_label() -> None:
+    rows = pd.DataFrame(
+        {
+            "candidate": ["A:ko", "B:ko", "C:ko", "D(1)"],
+            "unit": "cells/mm²",
+            "effect": [2.0, 2.0, 2.0, -1.0],
+            "low": 0.0, "high": 3.0, "p": [0.5, 0.5, 0.5, 1.0], "q": 1.0, "replicated": True,
+        }
+    )  # fmt: skip
+    points = charts.volcano(rows).data[-1]
+    assert list(points.text) == ["A:ko and 2 more", "", "", "D"]
+    assert [name for name, *_ in points.customdata] == rows["candidate"].tolist()  # each is still found by pointing
+    assert points.y.min() == 0
