@@ -193,3 +193,14 @@ class NicheStats:
             out[f"density:{name}"] = float(row["density_per_mm2"])
             out[f"fraction:{name}"] = float(row["fraction"])
         return out
+
+    def steps(self) -> dict[str, float]:
+        """What one nucleus more or less makes of each of :meth:`readouts`, in its unit; 0 in a tile without nuclei.
+
+        One nucleus per area for a density, ``1 / n`` for a share, the ``n``-th part of a spacing or its variance.
+        """
+        one = 1.0 / self.n if self.n else 0.0
+        sizes = {"density": 1.0 / self.area_mm2, "fraction": one}
+        for name, value in (("spacing", self.spacing_um), ("spacing_var", self.spacing_var_um2)):
+            sizes[name] = one * value if value > 0 else 0.0  # NaN, too
+        return {name: sizes[name.partition(":")[0]] for name in self.readouts()}

@@ -25,7 +25,7 @@ from perturb.result import pack_table, unpack_table
 from perturb.run import Progress, run
 from perturb.signatures import Signature, expand
 from perturb.stats import crossed_effect
-from perturb.tables import LEVEL
+from perturb.tables import LEVEL, steps
 
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
@@ -162,7 +162,7 @@ def at_every_dose(comparisons: Sequence[pd.DataFrame], readouts: Sequence[pd.Dat
     names = list(dict.fromkeys(name for one in comparisons for name in one["readout"]))
     tables = []
     for one, pictures in zip(comparisons, readouts, strict=True):
-        rows = []
+        rows, size = [], steps(pictures)
         for name in names:
             if (one["readout"] == name).any():
                 continue
@@ -171,7 +171,7 @@ def at_every_dose(comparisons: Sequence[pd.DataFrame], readouts: Sequence[pd.Dat
                 part[part["arm"] == arm].pivot(index="cell_id", columns="seed", values="value").to_numpy()
                 for arm in ("base", "edited")
             )
-            found = crossed_effect(base, edited, seed, LEVEL)
+            found = crossed_effect(base, edited, seed, LEVEL, size[name])
             level = 0.0 if found.n else np.nan
             numbers = (level, level, found.value, found.low, found.high, found.p, found.n)
             rows.append((one["dose"].iloc[0], name, part["unit"].iloc[0], *numbers))

@@ -364,11 +364,12 @@ def _finite(value: float) -> float | None:
 def _blocks(result: Result, more: Result, i: int, pair: Pair) -> Iterator[dict[str, Any]]:
     """Intervals of every 8 and every 16 seeds of a pair, held against the mean of its other seeds.
 
-    Readouts that do not vary are left out: their interval is a point, and right. Seeds that show no change where others
-    do have no interval (:func:`perturb.tables.statistics`): ``covers`` is NaN.
+    Readouts that differ in no pair of any seed are left out: every interval would hold their mean.
     """
     from perturb.stats import bootstrap_mean
+    from perturb.tables import steps
 
+    step = steps(pd.concat([result.readouts, more.readouts]))
     difference = np.hstack([_differences(result), _differences(more)])
     size = len(result.recipe.seeds)
     for k in dict.fromkeys((max(2, size // 2), size)):
@@ -378,20 +379,17 @@ def _blocks(result: Result, more: Result, i: int, pair: Pair) -> Iterator[dict[s
                 here[start : start + k] = True
                 own, rest = difference[j, here], difference[j, ~here]
                 own, rest = own[np.isfinite(own)], rest[np.isfinite(rest)]
-                if len(own) < 2 or len(rest) < 2 or not (own.std() > 0 or rest.std() > 0):
+                if len(own) < 2 or len(rest) < 2 or not (own.any() or rest.any()):
                     continue
-                found, aim = bootstrap_mean(own, start), float(rest.mean())
+                found, aim = bootstrap_mean(own, start, step=step[readout]), float(rest.mean())
                 widen = np.sqrt(1.0 + len(own) / len(rest))
                 low, high = (found.value + widen * (end - found.value) for end in (found.low, found.high))
-                covers = float("nan") if low == high == 0 else float(low <= aim <= high)
+                covers = bool(low <= aim <= high)
                 yield {"pair": i, "role": pair.case.role, "seeds": k, "readout": readout, "covers": covers}
 
 
 def _coverage(blocks: pd.DataFrame, seed: int) -> Iterator[dict[str, Any]]:
-    """Coverage per number of seeds, of all readouts, of density and of shares; the interval is over pairs.
-
-    ``of``: cases with an interval. ``without``: those without, as no pair of theirs changed.
-    """
+    """Coverage per number of seeds, of all readouts, of density and of shares; the interval is over pairs."""
     from perturb.stats import clustered_ratio
 
     for k, some in blocks.groupby("seeds"):
@@ -404,7 +402,7 @@ def _coverage(blocks: pd.DataFrame, seed: int) -> Iterator[dict[str, Any]]:
                 yield (
                     {"seeds": int(k), "what": what, "n_pairs": int(part["pair"].nunique())}
                     | {key: _finite(getattr(found, key)) for key in ("value", "low", "high")}
-                    | {"of": found.n, "without": int(part["covers"].isna().sum())}
+                    | {"of": found.n}
                 )
 
 

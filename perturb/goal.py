@@ -49,7 +49,7 @@ from perturb.result import pack_table, unpack_table
 from perturb.run import Progress, run
 from perturb.screen import FIRST_SEEDS, FURTHER_SEEDS, READOUTS, SEEN, _seen
 from perturb.stats import bh_fdr, crossed_effect
-from perturb.tables import UNITS
+from perturb.tables import UNITS, steps
 from perturb.targets import NicheTarget, ReadoutTarget, Target
 
 if TYPE_CHECKING:
@@ -250,6 +250,7 @@ class _Drawn:
             counts[i] = [(found == name).sum() for name in classes]
         self.roots = np.sqrt(counts).reshape(*shape, len(classes))
         rows = result.readouts[result.readouts["arm"] == arm]
+        self.steps = steps(result.readouts)
         self.values = {
             str(name): part["value"].to_numpy(np.float64).reshape(shape)
             for name, part in rows.groupby("readout", sort=False)
@@ -260,6 +261,13 @@ class _Drawn:
         if isinstance(aim.target, NicheTarget):
             return np.einsum("csk,ck->cs", self.roots, aim.axis)
         return self.values[aim.target.readout] * aim.axis[:, None]
+
+    def step_along(self, aim: Aim) -> float:
+        """What one nucleus more or less makes of that place, mean over the cells."""
+        if isinstance(aim.target, NicheTarget):
+            one = np.sqrt(self.roots**2 + 1.0) - self.roots
+            return float(np.abs(one * aim.axis[:, None]).mean())
+        return self.steps[aim.target.readout] * float(np.abs(aim.axis).mean())
 
 
 def _effects(setting: Setting, edits: Sequence[Edit], start: _Drawn, drawn: _Drawn, *, all_: bool) -> pd.DataFrame:
@@ -275,8 +283,9 @@ def _effects(setting: Setting, edits: Sequence[Edit], start: _Drawn, drawn: _Dra
         if name == "density" or name.partition(":")[2] in view.classes:
             expected[name] = float((view.readout(name) - setting.start.readout(name)).mean())
     rows = []
+    size = drawn.steps | {TOWARDS: drawn.step_along(aim)}
     for name, (base, edited) in pairs.items():
-        found = crossed_effect(base, edited, goal.recipe.encoder_seed)
+        found = crossed_effect(base, edited, goal.recipe.encoder_seed, step=size[name])
         both = np.isfinite(base) & np.isfinite(edited)
         surrogate = expected.get(name, math.nan)
         rare = ":" in name and _seen(base, edited) < SEEN

@@ -87,7 +87,8 @@ class Result:
         random wiring, another one for each seed; else None.
     network: through which the edits spread, or None.
     um_per_px: of every picture.
-    readouts: one row per arm, cell, seed and readout: ``arm, cell_id, seed, readout, unit, value``.
+    readouts: one row per arm, cell, seed and readout: ``arm, cell_id, seed, readout, unit, value, step``, the
+        last what one nucleus more or less makes of the readout.
     summary: mean and interval per arm: ``arm, readout, unit, mean, low, high, n``.
     comparison: paired effect of the edit: ``readout, unit, base, edited, effect, low, high, p, q, n``.
     states: one row per cell: type that the model reads, its probability, support, distances moved.

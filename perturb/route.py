@@ -33,7 +33,7 @@ from perturb.recipe import Recipe
 from perturb.result import Result
 from perturb.run import Progress
 from perturb.stats import Estimate, crossed_effect
-from perturb.tables import LEVEL, UNITS
+from perturb.tables import LEVEL, UNITS, steps
 
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist, Preview
@@ -120,7 +120,7 @@ def route(
     shape = (len(recipe.cell_ids), len(recipe.seeds))
     y00, y11 = (values_of(result.readouts, arm, shape) for arm in ("base", "edited"))
     y10, y01 = (readouts_of(arms[name].nuclei, shape, result.um_per_px, arms[name].images) for name in mixed)
-    table = exchange(y00, y10, y01, y11, recipe.encoder_seed)
+    table = exchange(y00, y10, y01, y11, recipe.encoder_seed, steps(result.readouts))
     return Route(
         table=table,
         shares=_shares(table),
@@ -133,7 +133,7 @@ def route(
 
 def exchange(
     y00: dict[str, np.ndarray], y10: dict[str, np.ndarray], y01: dict[str, np.ndarray], y11: dict[str, np.ndarray],
-    seed: int,
+    seed: int, size: dict[str, float],
 ) -> pd.DataFrame:  # fmt: skip
     """Effects of the four arms of a 2 x 2 exchange.
 
@@ -141,7 +141,7 @@ def exchange(
     ----------
     y00, y10, y01, y11: readout -> ``[cell, seed]``; the first digit says whether ``z_c`` is the edited one, the second
         whether ``z_e`` is. A picture counts where the readout is defined in all four arms.
-    seed: of the resampling.
+    seed: of the resampling. size: readout -> what one nucleus more or less makes of it.
 
     Returns
     -------
@@ -161,7 +161,7 @@ def exchange(
             "interaction": (a10 + a01, a00 + a11),
         }
         for part in PARTS:
-            found: Estimate = crossed_effect(*pairs[part], seed, LEVEL)
+            found: Estimate = crossed_effect(*pairs[part], seed, LEVEL, size[readout])
             unit = UNITS.get(readout.partition(":")[0], "")
             rows.append((readout, unit, part, found.value, found.low, found.high, found.p, found.n))
     return pd.DataFrame(rows, columns=["readout", "unit", "part", "effect", "low", "high", "p", "n"])

@@ -46,6 +46,7 @@ from perturb.recipe import Recipe, _parse_seeds, _print_seeds
 from perturb.result import Result, pack_table, unpack_table
 from perturb.run import Progress, choose_cells, run
 from perturb.stats import bh_fdr, crossed_effect
+from perturb.tables import steps
 
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
@@ -457,12 +458,12 @@ def _pairs(readouts: pd.DataFrame, readout: str) -> tuple[np.ndarray, np.ndarray
 
 
 def _effects(readouts: pd.DataFrame, seed: int) -> pd.DataFrame:
-    rows = []
+    rows, size = [], steps(readouts)
     for readout in READOUTS:
         base, edited, unit = _pairs(readouts, readout)
         if ":" in readout and not (np.nan_to_num(base).any() or np.nan_to_num(edited).any()):
             continue
-        found = crossed_effect(base, edited, seed)
+        found = crossed_effect(base, edited, seed, step=size[readout])
         p = found.p if ":" not in readout or _seen(base, edited) >= SEEN else np.nan
         rows.append((readout, unit, found.value, found.low, found.high, p, found.n))
     return pd.DataFrame(rows, columns=["readout", "unit", "effect", "low", "high", "p", "n"])

@@ -6,9 +6,11 @@ They say nothing about donors or repeated biological experiments.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from ge2hist_core import rng
@@ -31,6 +33,9 @@ __all__ = [
 EXACT_UP_TO = 16
 """All ``2**n`` sign patterns are counted up to this many pairs, above that they are sampled."""
 
+MOST_SEEDS = 10**6
+"""What so many seeds do not narrow no number of seeds does."""
+
 FEW = 3
 """Up to so many cells, or seeds, their own degrees of freedom are the limit."""
 
@@ -50,13 +55,18 @@ class Estimate:
     p: float = float("nan")
 
 
-def bootstrap_mean(values: np.ndarray, seed: int, level: float = 0.95) -> Estimate:
+def bootstrap_mean(values: np.ndarray, seed: int, level: float = 0.95, step: float = 0.0) -> Estimate:
     """Mean with its percentile bootstrap interval, expanded (:func:`ge2hist_core.intervals.expanded_tail`).
+
+    Differences of counts are often 0 in most pairs, and resampling zeros gives zeros, though 16 pairs without a change
+    do not exclude one in every tenth. With a ``step`` two further values, half a step above and below the mean, are
+    drawn with the others, in the spirit of Agresti and Coull 1998 (doi:10.1080/00031305.1998.10480550). The mean stays,
+    its variance grows by :math:`step^2 / (2 n^2)`: where values spread over many steps the interval hardly changes.
 
     Parameters
     ----------
     values: ``[seed]``; NaN (undefined readout) is left out and lowers ``n``.
-    seed: of the resampling.
+    seed: of the resampling. step: the least by which a value can change, in its unit; 0 for none.
 
     Returns
     -------
@@ -68,13 +78,16 @@ def bootstrap_mean(values: np.ndarray, seed: int, level: float = 0.95) -> Estima
     mean = float(values.mean()) if n else float("nan")
     if n < 2:
         return Estimate(mean, float("nan"), float("nan"), n, level)
-    picks = rng.stream(seed, "bootstrap", n).integers(0, n, size=(N_BOOTSTRAP, n))
+    values = values - mean
+    if step > 0:
+        values = np.append(values, [-step / 2, step / 2]) * np.sqrt((n + 2) / n)  # n of n + 2 values are drawn
+    picks = rng.stream(seed, "bootstrap", n).integers(0, len(values), size=(N_BOOTSTRAP, n))
     tail = expanded_tail(n, level)
-    low, high = np.quantile(values[picks].mean(axis=1), [tail, 1 - tail])
+    low, high = mean + np.quantile(values[picks].mean(axis=1), [tail, 1 - tail])
     return Estimate(mean, float(low), float(high), n, level)
 
 
-def crossed_mean(values: np.ndarray, seed: int, level: float = 0.95) -> Estimate:
+def crossed_mean(values: np.ndarray, seed: int, level: float = 0.95, step: float = 0.0) -> Estimate:
     r"""Mean over cells and seeds, with an interval over both.
 
     Every cell is drawn with every seed: a crossed design of two random factors, in which values of one cell, and of one
@@ -89,6 +102,8 @@ def crossed_mean(values: np.ndarray, seed: int, level: float = 0.95) -> Estimate
     Parameters
     ----------
     values: ``[cell, seed]``; NaN (undefined readout) is left out. seed: of the bootstrap.
+    step: the least by which a value can change, see :func:`bootstrap_mean`; with several cells and seeds its part of
+        the variance is known, and needs no degrees of freedom.
 
     Returns
     -------
@@ -98,14 +113,15 @@ def crossed_mean(values: np.ndarray, seed: int, level: float = 0.95) -> Estimate
     values = np.asarray(values, dtype=np.float64)
     n_cells, n_seeds = values.shape
     if n_cells == 1:
-        return bootstrap_mean(values[0], seed, level)
+        return bootstrap_mean(values[0], seed, level, step)
     if n_seeds == 1:
-        return bootstrap_mean(values[:, 0], seed, level)
+        return bootstrap_mean(values[:, 0], seed, level, step)
     n = int(np.isfinite(values).sum())
     if n == 0:
         return Estimate(float("nan"), float("nan"), float("nan"), 0, level)
     mean, error, freedom = _crossed(values)
-    half = student_t.ppf((1 + level) / 2, freedom) * error
+    upper = (1 + level) / 2
+    half = np.hypot(student_t.ppf(upper, freedom) * error, norm.ppf(upper) * step / (np.sqrt(2) * n))
     return Estimate(mean, float(mean - half), float(mean + half), n, level)
 
 
@@ -121,15 +137,20 @@ def _crossed(values: np.ndarray) -> tuple[float, float, float]:
         if len(units) < 2:
             return mean, float("nan"), 1.0
         return mean, float(units.std(ddof=1) / np.sqrt(len(units))), len(units) - 1.0
-    cell, column, rest = _mean_squares(values)
-    parts = ((cell, c - 1.0), (column, s - 1.0), (rest, (c - 1.0) * (s - 1.0)))
-    both = cell + column - rest
+    square, freedom = _satterthwaite(*_mean_squares(values), c, s)
+    return mean, float(np.sqrt(square / np.isfinite(values).sum())), freedom
+
+
+def _satterthwaite(cell: float, seed: float, rest: float, c: int, s: int) -> tuple[float, float]:
+    """Mean square of the mean of ``c`` cells and ``s`` seeds and its degrees of freedom, from the three mean squares."""
+    parts = ((cell, c - 1.0), (seed, s - 1.0), (rest, (c - 1.0) * (s - 1.0)))
+    both = cell + seed - rest
     largest, freedom = max(parts)
     if both > largest:
         largest, freedom = both, both**2 / sum(square**2 / df for square, df in parts)
     if min(c, s) <= FEW:
         freedom = min(freedom, min(c, s) - 1.0)
-    return mean, float(np.sqrt(largest / np.isfinite(values).sum())), max(1.0, freedom)
+    return largest, max(1.0, freedom)
 
 
 def _weights(draws: np.random.Generator, n: int) -> np.ndarray:
@@ -137,7 +158,7 @@ def _weights(draws: np.random.Generator, n: int) -> np.ndarray:
     return draws.multinomial(n, np.full(n, 1.0 / n), size=N_BOOTSTRAP).astype(np.float64)
 
 
-def crossed_effect(base: np.ndarray, edited: np.ndarray, seed: int, level: float = 0.95) -> Estimate:
+def crossed_effect(base: np.ndarray, edited: np.ndarray, seed: int, level: float = 0.95, step: float = 0.0) -> Estimate:
     """Mean of ``edited - base`` over cells and seeds, interval and p over both.
 
     With several cells and seeds p is that of Student's test that goes with the interval of :func:`crossed_mean`; the
@@ -148,6 +169,7 @@ def crossed_effect(base: np.ndarray, edited: np.ndarray, seed: int, level: float
     Parameters
     ----------
     base, edited: ``[cell, seed]`` in the same unit and order. A pair with NaN on either side is left out.
+    step: what one nucleus more or less makes of the readout, see :func:`bootstrap_mean`.
 
     Raises
     ------
@@ -157,7 +179,7 @@ def crossed_effect(base: np.ndarray, edited: np.ndarray, seed: int, level: float
     if base.shape != edited.shape or base.ndim != 2:
         raise ValueError(f"pairs need two [cell, seed] arrays, got shapes {base.shape} and {edited.shape}")
     difference = edited - base
-    found = crossed_mean(difference, seed, level)
+    found = crossed_mean(difference, seed, level, step)
     return Estimate(found.value, found.low, found.high, found.n, level, _crossed_p(difference, seed))
 
 
@@ -267,11 +289,10 @@ def seeds_for(difference: np.ndarray, half_width: float, level: float = 0.95) ->
     r"""How many more seeds narrow the interval of an effect to +- ``half_width``, if the spread stays as it is.
 
     With one cell: the least ``N`` with ``t(N - 1) s / sqrt(N) <= half_width``, ``s`` the standard deviation of the
-    paired differences, minus the seeds at hand. With several cells: more seeds narrow only the part of the interval
-    that comes from seeds. With the variance components of a crossed design without replication (mean squares of cells,
-    seeds and rest), the half-width at ``S`` seeds is
-    :math:`t_{C-1}\sqrt{\sigma_c^2/C + \sigma_s^2/S + \sigma_r^2/(CS)}`. Where some seeds gave no value, as many
-    more are drawn in proportion.
+    paired differences, minus the seeds at hand. With several cells more seeds narrow only the part of the interval that
+    comes from seeds: the half-width at ``S`` seeds is that of :func:`crossed_mean` with the mean squares to be expected
+    there, :math:`S\sigma_c^2 + \sigma_r^2, C\sigma_s^2 + \sigma_r^2, \sigma_r^2`, from the variance components at hand.
+    Where some seeds gave no value, as many more are drawn in proportion.
 
     ``s`` is itself an estimate: from 8 seeds it is off by a quarter as a rule, and the number by half.
 
@@ -306,7 +327,8 @@ def seeds_for(difference: np.ndarray, half_width: float, level: float = 0.95) ->
         found = values[defined]
         if len(found) < 2:
             return None
-        wanted = _least_n(float(found.std(ddof=1)), half_width, level)
+        s = float(found.std(ddof=1))
+        wanted = _least(lambda n: student_t.ppf((1 + level) / 2, n - 1) * s <= half_width * np.sqrt(n))
         wanted = int(np.ceil(wanted * drawn / len(found)))
     else:
         values = values[:, defined.any(axis=0)]
@@ -314,20 +336,20 @@ def seeds_for(difference: np.ndarray, half_width: float, level: float = 0.95) ->
         if n_seeds < 2:
             return None
         cell, seed, rest = _components(values)
-        room = (half_width / student_t.ppf((1 + level) / 2, n_cells - 1)) ** 2 - cell / n_cells
-        per_seed = seed + rest / n_cells
-        if per_seed > 0 and room <= 0:
+
+        def narrow(n: int) -> bool:
+            squares = (n * cell + rest, n_cells * seed + rest, rest)
+            square, freedom = _satterthwaite(*squares, n_cells, n)
+            return bool(student_t.ppf((1 + level) / 2, freedom) * np.sqrt(square / (n_cells * n)) <= half_width)
+
+        if not narrow(MOST_SEEDS):
             return None
-        wanted = int(np.ceil(per_seed / room * drawn / n_seeds)) if per_seed > 0 else 0
+        wanted = int(np.ceil(_least(narrow) * drawn / n_seeds))
     return max(0, wanted - drawn)
 
 
-def _least_n(s: float, half_width: float, level: float) -> int:
-    """Least n of at least 2 with ``t(n - 1) s / sqrt(n) <= half_width``, by bisection: the left side falls with n."""
-
-    def narrow(n: int) -> bool:
-        return bool(student_t.ppf((1 + level) / 2, n - 1) * s <= half_width * np.sqrt(n))
-
+def _least(narrow: Callable[[int], bool]) -> int:
+    """Least n of at least 2 that is enough, by bisection: whatever is more than enough is enough, too."""
     low, high = 1, 2
     while not narrow(high):
         low, high = high, 2 * high

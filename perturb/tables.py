@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +34,7 @@ __all__ = [
     "spread_table",
     "state_table",
     "statistics",
+    "steps",
     "technical_warnings",
 ]
 
@@ -155,10 +155,22 @@ def readout_table(recipe: Recipe, arms: dict[str, Arm], um_per_px: float) -> pd.
         for i, nuclei in enumerate(arm.nuclei):
             cell, seed = divmod(i, len(recipe.seeds))
             stats = niche_stats(nuclei, (width, height), READER_CLASSES)
+            size = stats.steps()
             for readout, value in stats.readouts().items():
                 unit = UNITS[readout.partition(":")[0]]
-                rows.append((name, recipe.cell_ids[cell], recipe.seeds[seed], readout, unit, value))
-    return pd.DataFrame(rows, columns=["arm", "cell_id", "seed", "readout", "unit", "value"])
+                rows.append((name, recipe.cell_ids[cell], recipe.seeds[seed], readout, unit, value, size[readout]))
+    return pd.DataFrame(rows, columns=["arm", "cell_id", "seed", "readout", "unit", "value", "step"])
+
+
+def steps(readouts: pd.DataFrame, first: str = "base", second: str = "edited") -> dict[str, float]:
+    """Readout -> what one nucleus more or less makes of it, mean over the pictures of :attr:`Result.readouts`.
+
+    All 0 where no readout of any pair differs between the two arms: then nothing can differ in further pairs either.
+    """
+    one, other = (readouts.loc[readouts["arm"] == arm, "value"].to_numpy() for arm in (first, second))
+    moves = not np.array_equal(one, other, equal_nan=True)
+    size = readouts.groupby("readout", sort=False)["step"].mean()
+    return {str(name): moves * float(step) for name, step in size.items()}
 
 
 def statistics(recipe: Recipe, readouts: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -167,10 +179,10 @@ def statistics(recipe: Recipe, readouts: pd.DataFrame) -> tuple[pd.DataFrame, pd
     Intervals run over seeds and, where the recipe names several cells, over cells and seeds (see
     :func:`perturb.stats.crossed_mean`). In the comparison a picture pair counts where the readout is defined in both
     pictures, and ``effect = edited - base`` over the same pairs. A type that no picture of either arm shows is left
-    out, it would only add tests. A readout that no pair differs in has no interval where the edit moves anything else:
-    16 pairs without a change do not exclude one in every sixth, and resampling zeros gives zeros.
+    out, it would only add tests. Where no readout of any pair differs, the edit does nothing and 0 is certain; else
+    every interval allows for the next pairs to differ by a nucleus (:func:`perturb.stats.crossed_mean`).
     """
-    moves = _moves(readouts, "base", "edited")
+    size = steps(readouts)
     shape = (len(recipe.cell_ids), len(recipe.seeds))
     summary, comparison = [], []
     for readout, rows in readouts.groupby("readout", sort=False):
@@ -183,7 +195,7 @@ def statistics(recipe: Recipe, readouts: pd.DataFrame) -> tuple[pd.DataFrame, pd
             # No readout is negative and no share above 1, which the interval of a few cells does not know.
             low, high = np.clip([found.low, found.high], 0.0, 1.0 if readout.startswith("fraction:") else None)
             summary.append((arm, readout, unit, found.value, float(low), float(high), found.n))
-        base, edited, found = _paired(values["base"], values["edited"], recipe.encoder_seed, moves)
+        base, edited, found = _paired(values["base"], values["edited"], recipe.encoder_seed, size[readout])
         means = (_mean(base), _mean(edited))
         comparison.append((readout, unit, *means, found.value, found.low, found.high, found.p, found.n))
     table = pd.DataFrame(comparison, columns=["readout", "unit", "base", "edited", "effect", "low", "high", "p", "n"])
@@ -198,13 +210,13 @@ def spread_effects(recipe: Recipe, readouts: pd.DataFrame) -> pd.DataFrame:
     columns = ["contrast", "readout", "unit", "effect", "low", "high", "p", "n"]
     for contrast in CONTRASTS if "direct" in recipe.arms else ():
         second, first = (names.get(name, name) for name in contrast.split(" - "))
-        moves = _moves(readouts, first, second)
+        size = steps(readouts, first, second)
         rows = []
         for readout, part in readouts.groupby("readout", sort=False):
             values = {arm: some["value"].to_numpy().reshape(shape) for arm, some in part.groupby("arm", sort=False)}
             if ":" in readout and not any(np.nan_to_num(value).any() for value in values.values()):
                 continue
-            found = _paired(values[first], values[second], recipe.encoder_seed, moves)[2]
+            found = _paired(values[first], values[second], recipe.encoder_seed, size[readout])[2]
             unit = part["unit"].iloc[0]
             rows.append((contrast, readout, unit, found.value, found.low, found.high, found.p, found.n))
         table = pd.DataFrame(rows, columns=columns)
@@ -213,20 +225,11 @@ def spread_effects(recipe: Recipe, readouts: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*columns[:7], "q", "n"])
 
 
-def _moves(readouts: pd.DataFrame, first: str, second: str) -> bool:
-    """Whether any readout of any pair differs between two arms: else the edit does nothing, and 0 is certain."""
-    one, other = (readouts.loc[readouts["arm"] == arm, "value"].to_numpy() for arm in (first, second))
-    return not np.array_equal(one, other, equal_nan=True)
-
-
-def _paired(base: np.ndarray, edited: np.ndarray, seed: int, moves: bool) -> tuple[np.ndarray, np.ndarray, Estimate]:
+def _paired(base: np.ndarray, edited: np.ndarray, seed: int, step: float) -> tuple[np.ndarray, np.ndarray, Estimate]:
     """Both arms ``[cell, seed]`` where both are defined, else NaN, and their paired difference."""
     defined = np.isfinite(base) & np.isfinite(edited)
     base, edited = (np.where(defined, arm, np.nan) for arm in (base, edited))
-    found = crossed_effect(base, edited, seed, LEVEL)
-    if moves and found.low == found.high == 0:
-        found = replace(found, low=float("nan"), high=float("nan"))
-    return base, edited, found
+    return base, edited, crossed_effect(base, edited, seed, LEVEL, step)
 
 
 def spread_table(recipe: Recipe, model: GE2Hist, expression: dict[str, Cells]) -> pd.DataFrame:

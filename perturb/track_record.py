@@ -566,12 +566,9 @@ def drawn_in_words(known: Mapping[str, Any]) -> list[str]:
             )
         for row in drawn.get("own_conditional", ()):
             if row["what"] == "all":
-                lost = row.get("without")
-                without = f"; {lost} more had no interval, as none of their pictures changed." if lost else "."
                 said.append(
                     f"95 % intervals from {row['seeds']} seeds held the mean over further seeds, which is the model's "
-                    f"own answer and not the truth, in {_percent(row)} of {row['of']} cases ({row['n_pairs']} pairs)"
-                    f"{without}"
+                    f"own answer and not the truth, in {_percent(row)} of {row['of']} cases ({row['n_pairs']} pairs)."
                 )
         for row in drawn.get("smallest", ()):
             if row["readout"] == "density" and row["effect"] is not None:

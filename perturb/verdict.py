@@ -182,8 +182,6 @@ def _interval(row: Mapping[str, Any], n_cells: int) -> Check:
     covers = f"the noise of drawing{' and the choice of these cells' * several}, not donors and not the model's errors"
     if not np.isfinite(row["low"]):
         why = "Too few nuclei in one of the pictures" if n == 0 else "One pair of pictures gives no interval"
-        if n > 1:
-            why = "No pair of pictures differs in this readout, so that nothing is known of how rare a change is"
         return Check("interval", False, f"{why} (n = {n}).", "there is no interval")
     passed = _excludes_0(row)
     return Check(

@@ -63,10 +63,16 @@ REFERENCES = {
     "dpm++": "Lu et al. 2022, arXiv:2211.01095",
     "bootstrap": "Hesterberg 2015, doi:10.1080/00031305.2015.1089789",
     "crossed": "Satterthwaite 1946, doi:10.2307/3002019",
+    "allowance": "Agresti and Coull 1998, doi:10.1080/00031305.1998.10480550",
     "p": "Phipson and Smyth 2010, doi:10.2202/1544-6115.1585",
     "q": "Benjamini and Hochberg 1995, doi:10.1111/j.2517-6161.1995.tb02031.x",
     "filter": "Bourgon et al. 2010, doi:10.1073/pnas.0914005107",
 }
+
+ALLOWANCE = (
+    "Intervals allow for further pairs to differ by half of what one nucleus makes of a readout (two added values, as in "
+    "Agresti and Coull 1998)."
+)
 
 SOURCES = Path(__file__).parents[1] / "assets" / "SOURCES.md"
 LIBRARIES = {
@@ -275,16 +281,16 @@ def _statistics(n_cells: int, n_seeds: int, adjusted: str) -> str:
         return (
             f"Effects are mean paired differences (edited - unedited) with {100 * LEVEL:g} % intervals over {n_cells} "
             f"cells and {n_seeds} noise seeds as two crossed random factors (mean squares; Student's quantiles, "
-            "degrees of freedom of Satterthwaite 1946). P-values are two-sided and of the same test, under the null "
-            f"hypothesis that the mean difference over cells and seeds is zero; q-values adjust them over {adjusted} "
+            f"degrees of freedom of Satterthwaite 1946). {ALLOWANCE} P-values are two-sided and of that test, under the "
+            f"null hypothesis that the mean difference over cells and seeds is zero; q-values adjust them over {adjusted} "
             "(Benjamini and Hochberg 1995)."
         )
     unit, n = ("cell", n_cells) if n_cells > 1 else ("noise seed", n_seeds)
     flips = f"all {2**n:,} sign patterns" if n <= EXACT_UP_TO else f"{N_FLIPS:,} random sign patterns"
     return (
         f"Effects are mean paired differences (edited - unedited) with {100 * LEVEL:g} % bootstrap intervals over "
-        f"{unit}s ({N_BOOTSTRAP:,} resamples, percentile levels expanded for small samples; Hesterberg 2015). P-values "
-        f"are two-sided sign-flip p-values under the null hypothesis that the paired differences, one per {unit} (n = "
+        f"{unit}s ({N_BOOTSTRAP:,} resamples, percentile levels expanded for small samples; Hesterberg 2015). "
+        f"{ALLOWANCE} P-values are two-sided sign-flip p-values under the null hypothesis that the paired differences, one per {unit} (n = "
         f"{n}), are symmetric about zero ({flips}; the smallest possible p is {smallest_p(n_cells, n_seeds):.2g}; "
         f"Phipson and Smyth 2010); q-values adjust them over {adjusted} (Benjamini and Hochberg 1995)."
     )
@@ -387,7 +393,13 @@ def _made_with(recipe: Recipe, origin: Origin) -> str:
 def references(recipe: Recipe, screen: bool = False) -> list[str]:
     """Works that the method paragraph cites, in its order."""
     crossed = min(len(recipe.cell_ids), 2 if screen else len(recipe.seeds)) > 1
-    names = ["GE2Hist", "scGPT", recipe.sample.solver, *(["crossed"] if crossed else ["bootstrap", "p"]), "q"]
+    names = [
+        "GE2Hist",
+        "scGPT",
+        recipe.sample.solver,
+        *(["crossed", "allowance"] if crossed else ["bootstrap", "allowance", "p"]),
+        "q",
+    ]
     names += ["filter"] * screen
     return [REFERENCES[name] for name in names]
 

@@ -224,7 +224,7 @@ def contrast_table(names: Sequence[str], results: Sequence[Result], reference: s
     BadInput: a reference that is none of the names, or results with other seeds.
     """
     from perturb.stats import bh_fdr, crossed_effect
-    from perturb.tables import LEVEL
+    from perturb.tables import LEVEL, steps
 
     if reference not in names:
         raise BadInput(f"The reference is {reference!r}: choose one of {', '.join(map(repr, names))}.")
@@ -238,13 +238,16 @@ def contrast_table(names: Sequence[str], results: Sequence[Result], reference: s
         paired = result.recipe.cell_ids == first.recipe.cell_ids
         over = "cells and seeds" if paired and len(first.recipe.cell_ids) > 1 else "seeds"
         before, after = _edited(first), _edited(result)
+        both = [one.readouts[one.readouts["arm"] == "edited"] for one in (first, result)]
+        size = steps(pd.concat([both[0].assign(arm="base"), both[1]]))
         rows = []
         for readout in (readout for readout in before if readout in after):
             a, b = (values if paired else _over_cells(values) for values in (before[readout][1], after[readout][1]))
             if ":" in readout and not (np.nan_to_num(a).any() or np.nan_to_num(b).any()):
                 continue
             defined = np.isfinite(a) & np.isfinite(b)
-            found = crossed_effect(np.where(defined, a, np.nan), b, first.recipe.encoder_seed, LEVEL)
+            seed = first.recipe.encoder_seed
+            found = crossed_effect(np.where(defined, a, np.nan), b, seed, LEVEL, size[readout])
             means = [float(values[defined].mean()) if defined.any() else float("nan") for values in (a, b)]
             rows.append((readout, before[readout][0], *means, found.value, found.low, found.high, found.p, found.n))
         columns = ["readout", "unit", "reference_mean", "mean", "effect", "low", "high", "p", "n"]

@@ -67,7 +67,7 @@ def pictures(recipe: Recipe, edited: list[float]) -> pd.DataFrame:
             ("fraction:Lymphocyte", "fraction", 0.0),
         )
     ]
-    return pd.DataFrame(rows, columns=["arm", "cell_id", "seed", "readout", "unit", "value"])
+    return pd.DataFrame(rows, columns=["arm", "cell_id", "seed", "readout", "unit", "value"]).assign(step=0.0)
 
 
 def test_a_type_that_only_the_largest_dose_shows_is_zero_at_the_others(tiny_bundle) -> None:

@@ -17,16 +17,16 @@ from perturb.known_truth_summary import Case
 from perturb.true_effects import READOUTS
 
 
-def result_of(difference: np.ndarray, first_seed: int = 0) -> SimpleNamespace:
+def result_of(difference: np.ndarray, first_seed: int = 0, step: float = 0.1) -> SimpleNamespace:
     """Readout table of one pair with these differences ``[readout, seed]``, as :func:`perturb.run.run` leaves it."""
     seeds = tuple(range(first_seed, first_seed + difference.shape[1]))
     rows = [
-        (arm, "cell", seed, readout, "unit", 100.0 + (arm == "edited") * difference[j, k])
+        (arm, "cell", seed, readout, "unit", 100.0 + (arm == "edited") * difference[j, k], step)
         for arm in ("base", "edited")
         for j, readout in enumerate(READOUTS)
         for k, seed in enumerate(seeds)
     ]
-    table = pd.DataFrame(rows, columns=["arm", "cell_id", "seed", "readout", "unit", "value"])
+    table = pd.DataFrame(rows, columns=["arm", "cell_id", "seed", "readout", "unit", "value", "step"])
     return SimpleNamespace(readouts=table, recipe=SimpleNamespace(seeds=seeds, cell_ids=("cell",)))
 
 
@@ -55,17 +55,16 @@ def test_readouts_that_never_vary_do_not_count_as_covered() -> None:
     assert not list(drawn_truth._blocks(result_of(nothing), result_of(nothing, 4), 0, pair))
 
 
-def test_seeds_without_a_change_have_no_interval_and_are_counted_apart() -> None:
-    """Of 16 and 64 seeds the last 8 change: blocks of 8 zeros cannot say how rare a change is."""
+def test_intervals_of_seeds_without_a_change_hold_a_rare_one() -> None:
+    """Of 16 and 64 seeds the last 8 change by half of what a nucleus makes; blocks of zeros alone still allow for it."""
     few, more = np.zeros((len(READOUTS), 16)), np.zeros((len(READOUTS), 64))
-    more[:, -8:] = 1.0
+    more[:, -8:] = 0.5
     pair = Pair(Case("inert", "G", 0.0, (("G", 0.0),)), 0, True)
-    blocks = pd.DataFrame(drawn_truth._blocks(result_of(few), result_of(more, 16), 0, pair))
+    blocks = pd.DataFrame(drawn_truth._blocks(result_of(few, step=1.0), result_of(more, 16, 1.0), 0, pair))
     found = {(row["seeds"], row["what"]): row for row in drawn_truth._coverage(blocks, 0)}
-    # Ten blocks of eight seeds: nine of zeros; in the one of ones neither these nor the others vary.
-    assert found[8, "density"]["without"] == 9 and found[8, "density"]["of"] == 0
-    # Five of sixteen: four of zeros, and one that is half zeros and half ones.
-    assert found[16, "density"]["without"] == 4 and found[16, "density"]["of"] == 1
+    # The block of eight changes, and that of sixteen which is half ones, are far from all others.
+    assert found[8, "density"]["of"] == 10 and found[8, "density"]["value"] == 0.9
+    assert found[16, "density"]["of"] == 5 and found[16, "density"]["value"] == 0.8
 
 
 def test_the_smallest_effect_is_found_by_a_t_test_as_often_as_said() -> None:

@@ -70,10 +70,13 @@ def test_the_mixed_pictures_are_drawn_from_the_mixed_states(found: Route, result
     assert found.moved_z_e == pytest.approx(np.mean(result.states["shift_z_e"]))
 
 
+NO_STEPS = {"density": 0.0, "spacing": 0.0}
+
+
 def test_parts_of_a_product_are_the_shapley_values_written_out() -> None:
     """y = c e with c from 2 to 5 and e from 3 to 4: by hand, over both orders."""
     y = {(c, e): np.full((1, 4), float(c * e)) for c in (2, 5) for e in (3, 4)}
-    table = exchange(*({"density": y[key]} for key in ((2, 3), (5, 3), (2, 4), (5, 4))), seed=0)
+    table = exchange(*({"density": y[key]} for key in ((2, 3), (5, 3), (2, 4), (5, 4))), seed=0, size=NO_STEPS)
     effect = table.set_index("part")["effect"]
     assert effect["total"] == 14.0
     assert effect["identity"] == ((5 - 2) * 3 + (5 - 2) * 4) / 2
@@ -85,11 +88,11 @@ def test_without_interaction_each_part_is_what_its_half_does_alone() -> None:
     draws = np.random.default_rng(0)
     noise, c, e = draws.normal(size=(2, 5)), draws.normal(size=(2, 5)), draws.normal(size=(2, 5))
     arms = [{"spacing": y} for y in (noise, noise + c, noise + e, noise + c + e)]
-    effect = exchange(*arms, seed=0).set_index("part")["effect"]
+    effect = exchange(*arms, seed=0, size=NO_STEPS).set_index("part")["effect"]
     assert (effect["identity"], effect["environment"]) == pytest.approx((c.mean(), e.mean()))
     assert effect["interaction"] == pytest.approx(0.0, abs=1e-12)
     # Exchanging the names of the halves exchanges the parts.
-    other = exchange(arms[0], arms[2], arms[1], arms[3], seed=0).set_index("part")
+    other = exchange(arms[0], arms[2], arms[1], arms[3], seed=0, size=NO_STEPS).set_index("part")
     assert other.at["identity", "effect"] == pytest.approx(effect["environment"])
 
 
@@ -98,7 +101,7 @@ def test_a_picture_counts_where_all_four_arms_are_defined() -> None:
     arms = [draws.normal(size=(1, 6)) for _ in range(4)]
     for i, arm in enumerate(arms):
         arm[0, i] = np.nan
-    table = exchange(*({"spacing": arm} for arm in arms), seed=0)
+    table = exchange(*({"spacing": arm} for arm in arms), seed=0, size=NO_STEPS)
     assert (table["n"] == 2).all()
     effect = table.set_index("part")["effect"]
     assert effect["identity"] + effect["environment"] == pytest.approx(effect["total"])
@@ -111,7 +114,7 @@ def test_shares_are_given_where_the_total_is_clear(tiny_bundle: GE2Hist, demo_ce
     assert (wide(nothing.table) == 0).all(axis=None) and nothing.shares["identity"].isna().all()
     noise = np.random.default_rng(2).normal(0, 0.01, (1, 8))
     arms = ({"density": y} for y in (noise, noise + 3, noise + 1, noise + 4))
-    table = exchange(*arms, seed=0).set_index("part")
+    table = exchange(*arms, seed=0, size=NO_STEPS).set_index("part")
     assert table.at["identity", "effect"] / table.at["total", "effect"] == pytest.approx(0.75)
 
 

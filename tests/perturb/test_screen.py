@@ -160,7 +160,9 @@ def test_a_rare_type_has_an_effect_but_no_test_whichever_arm_shows_it(shown: int
         ]
         other = "edited" if rare == "base" else "base"
         rows += [(other, "c", seed, READOUTS[-1], "u", 0.0) for seed in range(12)]
-        table = _effects(pd.DataFrame(rows, columns=["arm", "cell_id", "seed", "readout", "unit", "value"]), 0)
+        table = _effects(
+            pd.DataFrame(rows, columns=["arm", "cell_id", "seed", "readout", "unit", "value"]).assign(step=0.0), 0
+        )
         found = table.set_index("readout").loc[READOUTS[-1]]
         assert abs(found["effect"]) == pytest.approx(shown / 120) and np.isfinite(found["p"]) == tested
 
