@@ -7,6 +7,7 @@ return an exit code of its own.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,10 @@ COMMANDS = {
 
 
 def run_command(prog: str, description: str, commands: dict[str, tuple[str, str]], argv: Sequence[str] | None) -> int:
-    """Parse ``argv`` and run the chosen command. Exit code 2 and one sentence for bad input, 130 when interrupted."""
+    """Parse ``argv`` and run the chosen command.
+
+    Exit code 2 and one sentence for bad input or a file that cannot be read or written, 130 when interrupted.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog=prog, description=description)
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -46,6 +50,12 @@ def run_command(prog: str, description: str, commands: dict[str, tuple[str, str]
         code = importlib.import_module(commands[args.command][0]).main(args)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        path = error.filename2 or error.filename or "the disk"
+        print(f"error: {path}: {error.strerror}: check path, rights and space.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; what was finished is kept", file=sys.stderr)

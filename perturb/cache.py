@@ -11,18 +11,23 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 import re
+import shutil
 import time
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ge2hist_core.files import atomic_path, write_json
+from ge2hist_core.types import BadInput
 
-__all__ = ["DiskCache", "engine_fingerprint"]
+__all__ = ["DiskCache", "engine_fingerprint", "report_folder", "versions"]
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
@@ -38,6 +43,24 @@ def engine_fingerprint() -> str:
     for name in ("torch", "diffusers", "numpy", "scipy"):
         digest.update(f"{name} {importlib.metadata.version(name)}".encode())
     return digest.hexdigest()[:16]
+
+
+LIBRARIES = ("torch", "diffusers", "numpy", "scipy", "pandas")
+
+
+def versions() -> dict[str, str]:
+    """What the last digits of a result depend on besides its recipe: Python, libraries, processor and threads.
+
+    Sums are split among torch's threads, and rounded as the processor's vector units round.
+    """
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in LIBRARIES},
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 class DiskCache:
@@ -117,3 +140,42 @@ class DiskCache:
             total += size
             if used < oldest or total > self.max_bytes:
                 path.unlink(missing_ok=True)
+
+
+MARK = ".ge2hist"
+"""Hidden file of a report's folder: the hash of what the report is about."""
+
+
+@contextmanager
+def report_folder(out: str | Path, cache: str | Path | None, key: str) -> Iterator[DiskCache]:
+    """Make sure that a report can be written before anything is drawn, and give the cache to draw with.
+
+    Without a cache of the user's own, finished work is kept in ``out/.work`` until the report is written: what was
+    interrupted goes on with the same command.
+
+    Parameters
+    ----------
+    out: of the report. key: hash of what it is about.
+
+    Raises
+    ------
+    BadInput: a folder that cannot be written, or that holds another report: files of both would be mixed.
+    """
+    out, kept = Path(out), Path(cache) if cache else Path(out) / ".work"
+    mark = out / MARK
+    try:
+        held = mark.read_text(encoding="utf-8") if mark.is_file() else None
+        if held != key and out.is_dir() and any(path.name != ".work" for path in out.iterdir()):
+            raise BadInput(f"--out {out} is not empty and holds no report of this very work: give a new folder.")
+        for folder in (out, kept):
+            folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(mark) as temporary:
+            temporary.write_text(key, encoding="utf-8")
+        with atomic_path(kept / "writable") as temporary:
+            temporary.touch()
+        (kept / "writable").unlink()
+    except OSError as error:
+        raise BadInput(f"Cannot write to {error.filename} ({error.strerror}): give another --out or --cache.") from None
+    yield DiskCache(kept)
+    if not cache:
+        shutil.rmtree(kept, ignore_errors=True)

@@ -238,12 +238,11 @@ def main(args: argparse.Namespace) -> None:
     ------
     BadInput: a recipe, bundle, data or signature file that cannot be used, or that do not belong together.
     """
-    import tempfile
     from pathlib import Path
 
     from ge2hist_core.files import atomic_path
     from perturb import charts
-    from perturb.cache import DiskCache
+    from perturb.cache import report_folder
     from perturb.networks import network_for
     from perturb.page import chart_page, csv_bytes
     from perturb.run import open_recipe, print_progress
@@ -254,8 +253,8 @@ def main(args: argparse.Namespace) -> None:
     series = dose_series(recipe, signature, list(cells.genes), args.max_dose)
     for sentence in expand(signature, list(cells.genes), args.max_dose).sentences:
         print(sentence)
-    with tempfile.TemporaryDirectory() as folder:
-        cache = DiskCache(args.cache or folder)
+    key = hashlib.sha256("".join(one.hash for _, one in series).encode()).hexdigest()
+    with report_folder(args.out, args.cache, key) as cache:
         table = run_doses(series, model, cells, cache, network=network, on_progress=print_progress())
     out = Path(args.out)
     figure = charts.dose_response(table, "density", signature.dose_unit)

@@ -680,10 +680,10 @@ def main(args: argparse.Namespace) -> None:
     from perturb.run import run_arguments
     from perturb.verdict import verdicts
 
-    result, model, cells, cache = run_arguments(args)
-    evidence = from_arguments(args, result, model, cells, cache)
-    for path in write_report(result, args.out, cells, evidence=evidence):
-        if path.name.startswith(("report", "evidence")):
-            print(path)
+    with run_arguments(args) as (result, model, cells, cache):
+        evidence = from_arguments(args, result, model, cells, cache)
+        for path in write_report(result, args.out, cells, evidence=evidence):
+            if path.name.startswith(("report", "evidence")):
+                print(path)
     for verdict in verdicts(result, evidence):
         print(f"{verdict.light:5}  {name_of(verdict.readout)}: {verdict.claim}")

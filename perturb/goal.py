@@ -590,13 +590,12 @@ def main(args: argparse.Namespace) -> None:
     ------
     BadInput: a recipe, target, bundle or data file that cannot be used, or that do not belong together.
     """
-    import tempfile
     from pathlib import Path
 
     from ge2hist_core.data import open_cells
     from ge2hist_core.files import atomic_path
     from perturb import charts
-    from perturb.cache import DiskCache
+    from perturb.cache import report_folder
     from perturb.page import chart_page, csv_bytes
     from perturb.run import open_recipe, print_progress
     from perturb.wording import NOTICE
@@ -618,8 +617,7 @@ def main(args: argparse.Namespace) -> None:
     goal = Goal(recipe, target, candidates, max_edits=args.max_edits, penalty=args.penalty)
     print(f"{len(candidates)} candidates; at most {goal.guesses} guesses and {goal.pictures} pictures")
     print(goal.reach())
-    with tempfile.TemporaryDirectory() as folder:
-        cache = DiskCache(args.cache or folder)
+    with report_folder(args.out, args.cache, goal.hash) as cache:
         result = run_goal(goal, model, cells, cache, on_progress=print_progress())
     said = sentences(goal, result)
     value = goal.to_dict() | {"hash": goal.hash, "searched": result.searched, "sentences": said, "notice": NOTICE}

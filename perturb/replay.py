@@ -47,7 +47,10 @@ MAX_BYTES = 500_000_000
 MAX_PART_BYTES = 100_000_000
 """Of one table or recipe inside a report."""
 SAME = 1e-9
-"""Relative difference up to which two numbers are the same: CSV keeps all digits, other processors round otherwise."""
+"""Relative difference up to which two numbers are the same: CSV keeps all digits."""
+ROUNDING = 1e-3
+"""Up to which they are the same but for rounding: other processors and libraries add up in another order."""
+MAX_THREADS = 64
 CURE = "give the folder, ZIP or HTML page that a comparison or a screen wrote"
 
 
@@ -66,13 +69,15 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        return self.value <= SAME and not self.missing
+        """Whether all numbers are the same, at least up to rounding."""
+        return self.value <= ROUNDING and not self.missing
 
     @property
     def verdict(self) -> str:
         """One sentence."""
         if self.same:
-            return f"same: {self.n} rows, largest relative difference {self.value:.1g}"
+            how = "same" if self.value <= SAME else "same up to rounding"
+            return f"{how}: {self.n} rows, largest relative difference {self.value:.1g}"
         lacking = ", ".join(self.missing[:5]) + (f" and {len(self.missing) - 5} more" if len(self.missing) > 5 else "")
         only = f"only one run has {lacking}; " if self.missing else ""
         return f"different: {only}largest relative difference {self.value:.3g}" + f" ({self.where})" * bool(self.where)
@@ -245,7 +250,7 @@ def rerun(
     on_progress: Callable[[Progress], None] | None = None,
     cancel: threading.Event | None = None,
 ) -> Difference:
-    """Run a report again, from nothing, and compare.
+    """Run a report again, from nothing and with as many threads as it was made with, and compare.
 
     Parameters
     ----------
@@ -256,6 +261,32 @@ def rerun(
     ------
     BadInput: as :func:`perturb.run.run`. ge2hist_core.sampler.Stopped: cancelled.
     """
+    with _threads(saved.versions.get("threads", "")):
+        return _rerun(saved, model, cells, cache, on_progress, cancel)
+
+
+@contextmanager
+def _threads(number: str) -> Iterator[None]:
+    """Torch's threads as a report had them, as far as it says so."""
+    import torch
+
+    before = torch.get_num_threads()
+    if number.isdecimal() and 1 <= int(number) <= MAX_THREADS:
+        torch.set_num_threads(int(number))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rerun(
+    saved: SavedReport,
+    model: GE2Hist,
+    cells: Cells,
+    cache: DiskCache | None,
+    on_progress: Callable[[Progress], None] | None,
+    cancel: threading.Event | None,
+) -> Difference:
     from perturb.cache import DiskCache
     from perturb.result import store_result
     from perturb.run import run
@@ -305,20 +336,15 @@ def _largest(found: dict[str, Difference]) -> Difference:
 
 def changed_versions(saved: SavedReport) -> str:
     """What is another version here than where the report was written, as a clause; empty where nothing is."""
-    import importlib.metadata
-    import platform
+    from perturb.cache import engine_fingerprint, versions
 
-    from perturb.cache import engine_fingerprint
-
-    def here(name: str) -> str:
-        if name in ("python", "code"):
-            return platform.python_version() if name == "python" else engine_fingerprint()
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return "absent"
-
-    changed = [f"{name} {was}, here {here(name)}" for name, was in saved.versions.items() if here(name) != was]
+    here = {"code": engine_fingerprint()} | versions()
+    # A report's threads are taken over by its rerun.
+    changed = [
+        f"{name} {was}, here {here.get(name, 'unknown')}"
+        for name, was in saved.versions.items()
+        if here.get(name) != was and name != "threads"
+    ]
     return f"The report was made with {'; '.join(changed)}." if changed else ""
 
 
@@ -330,7 +356,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the report again; returns 0 for the same numbers, 1 for others.
+    """Run the report again; returns 0 for the same numbers, at least up to rounding, 1 for others.
 
     Raises
     ------
@@ -345,6 +371,6 @@ def main(args: argparse.Namespace) -> int:
         _, model, cells = open_recipe(args)
     found = rerun(saved, model, cells, on_progress=print_progress())
     print(found.verdict)
-    if not found.same and (why := changed_versions(saved)):
+    if found.value > SAME and (why := changed_versions(saved)):
         print(why)
     return 0 if found.same else 1

@@ -10,6 +10,7 @@ import argparse
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -336,19 +337,24 @@ def print_progress() -> Callable[[Progress], None]:
     return show
 
 
-def run_arguments(args: argparse.Namespace) -> tuple[Result, GE2Hist, Cells, DiskCache | None]:
+@contextmanager
+def run_arguments(args: argparse.Namespace) -> Iterator[tuple[Result, GE2Hist, Cells, DiskCache]]:
     """The result of the recipe named on the command line, and what it was made with; progress on standard error.
+
+    The report is to be written inside of the block: see :func:`perturb.cache.report_folder`.
 
     Raises
     ------
-    BadInput: a recipe, bundle or data file that cannot be used, or that do not belong together.
+    BadInput: a recipe, bundle, data file or folder that cannot be used, or that do not belong together.
     """
+    from perturb.cache import report_folder
     from perturb.networks import network_for
 
     recipe, model, cells = open_recipe(args)
     network = network_for(recipe, args.network, args.recipe)
-    cache = DiskCache(args.cache) if args.cache else None
-    return run(recipe, model, cells, network=network, cache=cache, on_progress=print_progress()), model, cells, cache
+    with report_folder(args.out, args.cache, recipe.hash) as cache:
+        result = run(recipe, model, cells, network=network, cache=cache, on_progress=print_progress())
+        yield result, model, cells, cache
 
 
 def main(args: argparse.Namespace) -> None:
@@ -361,7 +367,7 @@ def main(args: argparse.Namespace) -> None:
     from perturb.evidence import from_arguments
     from perturb.report import write_report
 
-    result, model, cells, cache = run_arguments(args)
-    evidence = from_arguments(args, result, model, cells, cache) if args.evidence else None
-    for path in write_report(result, args.out, cells, evidence=evidence):
-        print(path)
+    with run_arguments(args) as (result, model, cells, cache):
+        evidence = from_arguments(args, result, model, cells, cache) if args.evidence else None
+        for path in write_report(result, args.out, cells, evidence=evidence):
+            print(path)

@@ -750,7 +750,7 @@ def main(args: argparse.Namespace) -> None:
     """
     from ge2hist_core.data import open_cells
     from ge2hist_core.model import GE2Hist
-    from perturb.cache import DiskCache
+    from perturb.cache import report_folder
     from perturb.run import cells_for, print_progress
     from perturb.screen_report import headline, write_report
     from perturb.wording import Origin
@@ -775,8 +775,8 @@ def main(args: argparse.Namespace) -> None:
     screen = Screen(recipe, candidates, keep=args.keep, first_seeds=first, further_seeds=further, readout=args.readout)
     print(f"{len(candidates)} candidates; {min(args.keep, len(candidates))} of them drawn, {screen.pictures} pictures")
     print(screen.reach())
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        cache, draw = DiskCache(args.cache or folder), None
+    with report_folder(args.out, args.cache, screen.hash) as cache, ExitStack() as stack:
+        draw = None
         if args.scheduler:
             client = stack.enter_context(_client(args.scheduler))
             draw = on_cluster(client, str(Path(args.bundle).resolve()), str(Path(args.cells).resolve()), cache)

@@ -142,7 +142,7 @@ def _crossed(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def _satterthwaite(cell: float, seed: float, rest: float, c: int, s: int) -> tuple[float, float]:
-    """Mean square of the mean of ``c`` cells and ``s`` seeds and its degrees of freedom, from the three mean squares."""
+    """Mean square of the mean over ``c`` cells and ``s`` seeds and its degrees of freedom, from three mean squares."""
     parts = ((cell, c - 1.0), (seed, s - 1.0), (rest, (c - 1.0) * (s - 1.0)))
     both = cell + seed - rest
     largest, freedom = max(parts)

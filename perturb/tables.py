@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,7 @@ from ge2hist_core.config import READER_CLASSES
 from ge2hist_core.niche import niche_stats
 from ge2hist_core.support import OUTSIDE
 from ge2hist_core.types import Cells
-from perturb.cache import engine_fingerprint
+from perturb.cache import engine_fingerprint, versions
 from perturb.edits import MIN_REFERENCE, Perturbation
 from perturb.grn import Network
 from perturb.recipe import Recipe
@@ -84,8 +82,7 @@ def compare(
             "source": cells.source,
             "scgpt_sha256": model.scgpt.sha256,
             "engine": engine_fingerprint(),
-            "versions": {"python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "numpy", "scipy", "pandas")},
+            "versions": versions(),
         }
         | ({} if network is None else {"network": {"source": network.source, "edges": len(network)}}),
         model_card=_model_card(model),

@@ -313,13 +313,12 @@ def main(args: argparse.Namespace) -> None:
     ------
     BadInput: a recipe, bundle, data file, type or cell that cannot be used.
     """
-    import tempfile
     from contextlib import ExitStack
 
     from ge2hist_core.data import open_cells
     from ge2hist_core.model import GE2Hist
     from ge2hist_core.real_tiles import load
-    from perturb.cache import DiskCache
+    from perturb.cache import report_folder
     from perturb.page import write_files
     from perturb.run import print_progress
 
@@ -341,7 +340,7 @@ def main(args: argparse.Namespace) -> None:
             recipe = _asked(args, model, named, source)
         gallery = recipe.gallery(model, source)
         print(f"{len(gallery.latent)} pictures")
-        cache = DiskCache(args.cache or stack.enter_context(tempfile.TemporaryDirectory()))
+        cache = stack.enter_context(report_folder(args.out, args.cache, gallery.hash(model.sha256)))
         images = draw_types(gallery, model, cache, on_progress=print_progress())
         for path in write_files(types_files(recipe, gallery, model, images, load(model)), args.out):
             print(path)

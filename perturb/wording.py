@@ -5,8 +5,6 @@ Everything here is plain text. Whoever shows it escapes it.
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -70,8 +68,8 @@ REFERENCES = {
 }
 
 ALLOWANCE = (
-    "Intervals allow for further pairs to differ by half of what one nucleus makes of a readout (two added values, as in "
-    "Agresti and Coull 1998)."
+    "Intervals allow for further pairs to differ by half of what one nucleus makes of a readout (two added values, as "
+    "in Agresti and Coull 1998)."
 )
 
 SOURCES = Path(__file__).parents[1] / "assets" / "SOURCES.md"
@@ -127,15 +125,14 @@ class Origin:
     @classmethod
     def of_model(cls, model: GE2Hist, cells: Cells) -> Origin:
         """Of what is computed here and now."""
-        from perturb.cache import engine_fingerprint
+        from perturb.cache import engine_fingerprint, versions
 
         config, path = model.config, None if model.folder is None else model.folder / "MODEL_CARD.md"
-        names = ("torch", "diffusers", "numpy", "scipy", "pandas")
         return cls(
             source=cells.source,
             scgpt_sha256=model.scgpt.sha256,
             engine=engine_fingerprint(),
-            versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names},
+            versions=versions(),
             sizes=(config.embedding_dim, config.d_c, config.d_e),
             tile_px=config.tile_px,
             um_per_px=config.um_per_px,
@@ -281,18 +278,19 @@ def _statistics(n_cells: int, n_seeds: int, adjusted: str) -> str:
         return (
             f"Effects are mean paired differences (edited - unedited) with {100 * LEVEL:g} % intervals over {n_cells} "
             f"cells and {n_seeds} noise seeds as two crossed random factors (mean squares; Student's quantiles, "
-            f"degrees of freedom of Satterthwaite 1946). {ALLOWANCE} P-values are two-sided and of that test, under the "
-            f"null hypothesis that the mean difference over cells and seeds is zero; q-values adjust them over {adjusted} "
-            "(Benjamini and Hochberg 1995)."
+            f"degrees of freedom of Satterthwaite 1946). {ALLOWANCE} P-values are two-sided and of that test, under "
+            "the null hypothesis that the mean difference over cells and seeds is zero; q-values adjust them over "
+            f"{adjusted} (Benjamini and Hochberg 1995)."
         )
     unit, n = ("cell", n_cells) if n_cells > 1 else ("noise seed", n_seeds)
     flips = f"all {2**n:,} sign patterns" if n <= EXACT_UP_TO else f"{N_FLIPS:,} random sign patterns"
     return (
         f"Effects are mean paired differences (edited - unedited) with {100 * LEVEL:g} % bootstrap intervals over "
         f"{unit}s ({N_BOOTSTRAP:,} resamples, percentile levels expanded for small samples; Hesterberg 2015). "
-        f"{ALLOWANCE} P-values are two-sided sign-flip p-values under the null hypothesis that the paired differences, one per {unit} (n = "
-        f"{n}), are symmetric about zero ({flips}; the smallest possible p is {smallest_p(n_cells, n_seeds):.2g}; "
-        f"Phipson and Smyth 2010); q-values adjust them over {adjusted} (Benjamini and Hochberg 1995)."
+        f"{ALLOWANCE} P-values are two-sided sign-flip p-values under the null hypothesis that the paired differences, "
+        f"one per {unit} (n = {n}), are symmetric about zero ({flips}; the smallest possible p is "
+        f"{smallest_p(n_cells, n_seeds):.2g}; Phipson and Smyth 2010); q-values adjust them over {adjusted} (Benjamini "
+        "and Hochberg 1995)."
     )
 
 

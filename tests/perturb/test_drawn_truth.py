@@ -56,7 +56,7 @@ def test_readouts_that_never_vary_do_not_count_as_covered() -> None:
 
 
 def test_intervals_of_seeds_without_a_change_hold_a_rare_one() -> None:
-    """Of 16 and 64 seeds the last 8 change by half of what a nucleus makes; blocks of zeros alone still allow for it."""
+    """Of 16 and 64 seeds the last 8 change by half a nucleus; blocks of zeros still allow for it."""
     few, more = np.zeros((len(READOUTS), 16)), np.zeros((len(READOUTS), 64))
     more[:, -8:] = 0.5
     pair = Pair(Case("inert", "G", 0.0, (("G", 0.0),)), 0, True)

@@ -18,7 +18,7 @@ from ge2hist_core.config import SampleConfig
 from ge2hist_core.data import open_h5ad, write_cells
 from ge2hist_core.model import GE2Hist
 from ge2hist_core.types import BadInput, Cells
-from perturb import screen_report
+from perturb import replay, screen_report
 from perturb.__main__ import COMMANDS
 from perturb.cache import DiskCache
 from perturb.edits import Perturbation
@@ -69,7 +69,7 @@ def test_every_form_of_a_report_replays_to_the_same_numbers(home: Path, tiny_fol
 
 def test_a_changed_number_is_found(home: Path, tiny_folder: Path, tmp_path: Path, capsys) -> None:
     table = pd.read_csv(home / "report" / "comparison.csv")
-    table.loc[table["readout"] == "density", "effect"] += 1.0
+    table.loc[table["readout"] == "density", "effect"] += 1e4
     (tmp_path / "comparison.csv").write_text(table.to_csv(index=False))
     (tmp_path / "recipe.json").write_text((home / "report" / "recipe.json").read_text())
     command = ["replay", str(tmp_path), "--bundle", str(tiny_folder), "--cells", str(home / "cells.h5ad")]
@@ -156,3 +156,24 @@ def test_what_is_no_report_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "comparison.csv").write_text("a\n")
     with pytest.raises(BadInput, match="schema"):
         read_report(tmp_path)
+
+
+def test_a_report_is_run_again_with_its_own_number_of_threads(home: Path, tmp_path: Path) -> None:
+    """Sums are split among threads, and rounded otherwise for another number: the last digits would differ."""
+    import torch
+
+    saved = read_report(home / "report")
+    assert saved.versions["threads"] == str(torch.get_num_threads())
+    seen, before = [], torch.get_num_threads()
+    with replay._threads("3"):
+        seen.append(torch.get_num_threads())
+    with replay._threads("unknown"), replay._threads("100000"):
+        seen.append(torch.get_num_threads())
+    assert seen == [3, before] and torch.get_num_threads() == before
+
+
+def test_numbers_that_differ_by_rounding_are_the_same_and_said_to_differ() -> None:
+    a = pd.DataFrame({"low": [1.0, 2.0]}, index=["x", "y"])
+    rounded, other = difference(a, a * (1 + 1e-4)), difference(a, a * 1.01)
+    assert rounded.same and rounded.verdict.startswith("same up to rounding: 2 rows")
+    assert not other.same and other.verdict.startswith("different")

@@ -98,7 +98,7 @@ def test_undefined_pairs_are_left_out_and_counted() -> None:
 @pytest.mark.parametrize("share", [0.03, 0.1, 0.3])
 @pytest.mark.parametrize("shape", [(1, 16), (4, 8)])
 def test_intervals_hold_the_mean_of_changes_that_are_rare(shape: tuple[int, int], share: float) -> None:
-    """A share of the pairs gains one nucleus, all others nothing: as hard as it gets, and without a step often (0, 0)."""
+    """A share of the pairs gains one nucleus, all others nothing: as hard as it gets, without a step often (0, 0)."""
     draws, hit, narrow = np.random.default_rng(4), [], []
     for seed in range(300):
         edited = (draws.random(shape) < share).astype(float)

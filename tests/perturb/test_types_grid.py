@@ -133,7 +133,7 @@ def test_the_command_writes_what_the_functions_give_and_draws_it_again(
     gallery = recipe.gallery(tiny_bundle)
     images = draw_types(gallery, tiny_bundle, DiskCache(tmp_path / "cache"))
     wanted = types_files(recipe, gallery, tiny_bundle, images)
-    written = {str(path.relative_to(tmp_path / "one")): path for path in (tmp_path / "one").rglob("*.*")}
+    written = {str(path.relative_to(tmp_path / "one")): path for path in (tmp_path / "one").rglob("[!.]*.*")}
     assert {name: path.read_bytes() for name, path in written.items()} == wanted
     table = pd.read_csv(written["statistics.csv"])
     assert len(table) == 4 and set(table["notice"]) == {"Generated, not diagnostic"}
