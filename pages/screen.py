@@ -110,7 +110,7 @@ def _screen(screen: Screen, experiment: Experiment, model: GE2Hist, source: H5ad
 
     result = load_screen(screen.hash, _ui.get_cache())
     label = "Start the screen" if result is None else None if result.complete else "Go on with the screen"
-    minutes = (screen.pictures * _ui.SECONDS_PER_PICTURE + len(screen.candidates) * 0.02) / 60
+    minutes = (screen.pictures * _ui.SECONDS_PER_PICTURE + screen.guesses * 0.02) / 60
     caption = (
         f"Ranks {len(screen.candidates)} candidates and draws {screen.pictures} pictures: about "
         f"{max(minutes, 0.1):.1f} minutes on two cores with the demo bundle. It can be cancelled; what is finished "
@@ -127,6 +127,7 @@ def _show(result: ScreenResult, screen: Screen, experiment: Experiment) -> None:
     from perturb import charts
     from perturb.screen import agreement
     from perturb.screen_report import headline
+    from perturb.wording import matched_in_words
 
     if not result.complete:
         st.caption(":material/warning: This is a part: the screen was cancelled or is not finished.")
@@ -166,9 +167,8 @@ def _show(result: ScreenResult, screen: Screen, experiment: Experiment) -> None:
     st.markdown("##### All candidates, ranked without drawing")
     _table(result.guess, experiment, "guess")
     st.caption(
-        "Shift: Euclidean change of the expected root counts of the neighbours. p matched: (b + 1) / (n + 1) with b of "
-        "the n other candidates that move at least as far once the trend with expression is taken out. It is a rank "
-        "among this screen's candidates that says what to draw; only drawing tests."
+        "Shift: Euclidean change of the expected root counts of the neighbours. "
+        f"{_ui.plain(matched_in_words(len(result.guess)))} Only drawing tests."
     )
 
 

@@ -71,6 +71,8 @@ __all__ = [
 
 MATCHED = 30
 """Candidates of like expression behind each point of the trend, at least."""
+STAND_INS = 39
+"""Random edits that a candidate is compared with where there are too few others: p is at least 0.025."""
 SEEN = 0.5
 """A type's fraction is tested where at least this share of the picture pairs shows the type in either arm."""
 IMAGE_SHIFT = "shift_image"
@@ -209,6 +211,12 @@ class Screen:
         return len(self.recipe.cell_ids) * (n * len(self.first_seeds) + self.tested * len(self.further_seeds))
 
     @property
+    def guesses(self) -> int:
+        """How many edits the first stage judges without drawing, random ones among them."""
+        n = len(self.candidates)
+        return n * (1 + STAND_INS) if n <= MATCHED else n
+
+    @property
     def pictures(self) -> int:
         """How many pictures the second stage draws, the unedited ones among them."""
         unedited = len(self.recipe.cell_ids) * (len(self.first_seeds) + len(self.further_seeds))
@@ -301,7 +309,8 @@ def guess(
     ``density`` (cells/mm2) and ``fraction:<class>`` (expected changes); ``level`` (mean count of the edited genes);
     ``p_matched``: ``(b + 1) / (n + 1)`` with ``b`` of the ``n`` other candidates that move at least as far once the
     trend with level is taken out. It is a rank within the screen: over the candidates such ranks are spread evenly
-    whatever the edits do, so there is no q of them. NaN with fewer than 30 others.
+    whatever the edits do, so there is no q of them. With at most 30 candidates ``b`` of ``n`` random edits like the
+    candidate's own (:func:`perturb.matched.matched_edits`); NaN where no gene is like an edited one.
 
     Raises
     ------
@@ -312,19 +321,40 @@ def guess(
     recipe = screen.recipe
     chosen = choose_cells(cells, recipe.cell_ids)
     base = _State(model, recipe.perturbation.apply(chosen, cells), recipe.encoder_seed)
-    rows = []
-    for i, candidate in enumerate(screen.candidates):
+    rows, few, beyond = [], len(screen.candidates) <= MATCHED, []
+
+    def moved(candidate: Perturbation) -> dict[str, float]:
         if cancel is not None and cancel.is_set():
             raise Stopped
-        edited = _State(model, screen.edited(candidate, (0,)).perturbation.apply(chosen, cells), recipe.encoder_seed)
+        edited = screen.edited(candidate, (0,)).perturbation.apply(chosen, cells)
+        return _State(model, edited, recipe.encoder_seed).against(base)
+
+    for i, candidate in enumerate(screen.candidates):
         columns = np.isin(chosen.genes, candidate.genes)
-        rows.append({"candidate": str(candidate)} | edited.against(base) | {"level": _level(chosen, columns)})
+        found = moved(candidate)
+        rows.append({"candidate": str(candidate)} | found | {"level": _level(chosen, columns)})
+        if few:
+            stand_ins = _stand_ins(candidate, chosen, cells, model, recipe.encoder_seed)
+            others = np.array([abs(moved(one)[screen.readout]) for one in stand_ins])
+            beyond.append(
+                ((others >= abs(found[screen.readout])).sum() + 1) / (len(others) + 1) if len(others) else np.nan
+            )
         if on_progress is not None:
             on_progress(Progress((i + 1) / len(screen.candidates), "Ranking the candidates"))
     table = pd.DataFrame(rows)
     order = table[screen.readout].abs().to_numpy()
-    table["p_matched"] = _matched_p(order, table["level"].to_numpy())
+    table["p_matched"] = beyond if few else _matched_p(order, table["level"].to_numpy())
     return table.iloc[np.argsort(-order, kind="stable")].reset_index(drop=True)
+
+
+def _stand_ins(candidate: Perturbation, chosen: Cells, cells: Cells, model: GE2Hist, seed: int) -> list[Perturbation]:
+    """Random edits like a candidate's; none where no gene is like an edited one."""
+    from perturb.matched import matched_edits
+
+    try:
+        return matched_edits(candidate, chosen, cells, STAND_INS, model.scgpt.vocab, seed)[0]
+    except BadInput:
+        return []
 
 
 class _State:
@@ -357,8 +387,6 @@ def _level(cells: Cells, columns: np.ndarray) -> float:
 def _matched_p(score: np.ndarray, level: np.ndarray) -> np.ndarray:
     """``(b + 1) / (n + 1)``: ``b`` of the ``n`` other candidates lie as far above the trend with level, or farther."""
     n = len(score)
-    if n <= MATCHED:
-        return np.full(n, np.nan)
     with np.errstate(divide="ignore"):
         beyond = np.log(score) - _trend(score, level)  # -inf: nothing moved
     rounded = np.round(beyond, 9)  # equal up to rounding counts as far
@@ -410,9 +438,9 @@ def confirm(screen: Screen, ranked: pd.DataFrame, draw: Draw) -> Iterator[pd.Dat
     DataFrames with one row per drawn candidate and readout: ``candidate, readout, unit, first_effect`` (mean over the
     seeds that chose), ``effect, low, high, p, n`` (paired, over the further seeds; NaN for candidates that the first
     seeds left out; no p for a type that fewer than half of the pairs show), ``q`` (Benjamini-Hochberg over all rows
-    with a p), ``replicated`` (both sets agree in sign). Two descriptions of the candidate stand in each of its rows:
-    ``shift_image`` (mean absolute difference of optical density between the pictures of a pair, over the first seeds;
-    see :func:`image_shift`) and ``shift_embedding`` (of :func:`guess`).
+    with a p), ``replicated`` (both sets move, and agree in sign). Two descriptions of the candidate stand in each of
+    its rows: ``shift_image`` (mean absolute difference of optical density between the pictures of a pair, over the
+    first seeds; see :func:`image_shift`) and ``shift_embedding`` (of :func:`guess`).
     """
     leading = [screen.candidates[i] for i in _order(screen, ranked)[: screen.keep]]
     by_name = {str(candidate): candidate for candidate in leading}
@@ -499,7 +527,7 @@ def _confirmed(first: dict[str, pd.DataFrame], further: dict[str, pd.DataFrame],
     table = pd.DataFrame(rows, columns=["candidate", "readout", "unit", *numbers])
     table[numbers] = table[numbers].astype(np.float64)
     table["q"] = bh_fdr(table["p"].to_numpy())
-    table["replicated"] = np.sign(table["first_effect"]) == np.sign(table["effect"])
+    table["replicated"] = np.sign(table["first_effect"]) * np.sign(table["effect"]) > 0
     columns = ["candidate", "readout", "unit", "first_effect", "effect", "low", "high", "p", "q", "n", "replicated"]
     for name in moved:
         table[name] = moved[name].reindex(table["candidate"]).to_numpy()

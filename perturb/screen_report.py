@@ -18,7 +18,7 @@ from perturb import charts, wording
 from perturb.edits import Perturbation
 from perturb.page import Table, csv_bytes, for_people, json_bytes, json_lines, readme, render, write_files, zip_of
 from perturb.reach import FALSE_DISCOVERIES
-from perturb.screen import MATCHED, SEEN, Screen, ScreenResult
+from perturb.screen import SEEN, Screen, ScreenResult
 from perturb.tables import LEVEL
 from perturb.wording import NOTICE, Origin
 
@@ -91,8 +91,7 @@ def html(screen: Screen, result: ScreenResult, origin: Origin) -> str:
         n_cells=n_cells,
         reach=screen.reach(len(confirmed) or None),
         seen=f"{100 * SEEN:g} %",
-        matched=MATCHED,
-        null_note="" if len(result.guess) > MATCHED else f"; undefined here, with {len(result.guess)} candidates",
+        matched=wording.matched_in_words(len(result.guess)),
         leading=Table.of(_brief(guess.head(shown)), "The leading candidates, the largest guessed change first"),
         others=Table.of(_brief(guess.iloc[shown:]), "Further candidates", max_rows=5000),
         screen_sha256=screen.hash,

@@ -294,6 +294,22 @@ def _statistics(n_cells: int, n_seeds: int, adjusted: str) -> str:
     )
 
 
+def matched_in_words(n: int) -> str:
+    """What p matched is in a screen of ``n`` candidates."""
+    from perturb.screen import MATCHED, STAND_INS
+
+    if n <= MATCHED:
+        return (
+            f"p matched = (b + 1) / (n + 1) with b of at most n = {STAND_INS} random edits that move at least as far: "
+            "the candidate's own edits, made to other genes of like expression. It is a guess without drawing."
+        )
+    return (
+        "p matched = (b + 1) / (n + 1) with b of the n other candidates that move at least as far once the trend with "
+        f"mean count (median of the log change through groups of at least {MATCHED} candidates) is taken out. It is a "
+        "rank among these candidates, not a test."
+    )
+
+
 def method(result: Result, evidence: Evidence | None = None) -> str:
     """The comparison, and the evidence on it, as a paper's method section would describe it."""
     recipe, origin = result.recipe, Origin.of_result(result)
@@ -327,8 +343,6 @@ def method(result: Result, evidence: Evidence | None = None) -> str:
 
 def screen_method(screen: Screen, result: ScreenResult, origin: Origin) -> str:
     """The screen as a paper's method section would describe it."""
-    from perturb.screen import MATCHED
-
     recipe, n = screen.recipe, len(screen.candidates)
     drawn = min(screen.keep, n)
     own = f" after {label(recipe.perturbation)} in every arm" if recipe.perturbation else ""
@@ -343,9 +357,7 @@ def screen_method(screen: Screen, result: ScreenResult, origin: Origin) -> str:
         f"{_count(n, _kind(screen))} were compared, each by itself in the raw counts of {_cells(recipe.cell_ids)} "
         f"({origin.source}, SHA-256 {recipe.data_sha256}){own}. {scope}First, every candidate was embedded and "
         "encoded, and the model's niche network gave the neighbours that it expects; candidates were ranked by "
-        f"{ranked}, averaged over cells, without drawing. Beside it stands each candidate's rank among all others, "
-        "p matched = (b + 1) / (n + 1) with b of the n others moved at least as far once the trend with mean count "
-        f"(median of the log change through groups of at least {MATCHED} candidates) is taken out; it is no test. "
+        f"{ranked}, averaged over cells, without drawing. {matched_in_words(n)} "
         f"Second, the leading {drawn} were drawn beside the unedited niche. {_drawing(recipe, origin)} "
         f"Both arms shared all noise of a seed. {_reading()} Noise seeds {seeds_in_words(screen.first_seeds)} chose "
         "the better half, by the largest paired difference in standard errors; effects, intervals and p-values come "

@@ -22,11 +22,12 @@ from ge2hist_core.types import BadInput, Cells
 from perturb.__main__ import COMMANDS
 from perturb.cache import DiskCache
 from perturb.edits import Perturbation
+from perturb.matched import matched_edits
 from perturb.recipe import Recipe
 from perturb.run import Progress, run
 from perturb.screen import (
-    MATCHED,
     READOUTS,
+    STAND_INS,
     Screen,
     _effects,
     _matched_p,
@@ -110,7 +111,7 @@ def test_the_leading_half_is_confirmed_with_seeds_that_chose_nothing(finished, t
             for readout in ("density", "spacing"):
                 assert rows.at[readout, column] == pytest.approx(alone.at[readout, "effect"], nan_ok=True)
     assert (tested["q"] >= tested["p"] - 1e-12).all() and (tested["n"] <= 3).all()
-    agree = np.sign(tested["first_effect"]) == np.sign(tested["effect"])
+    agree = np.sign(tested["first_effect"]) * np.sign(tested["effect"]) > 0
     assert (tested["replicated"] == agree).all()
 
 
@@ -131,7 +132,23 @@ def test_the_rank_counts_all_others_once_the_trend_with_expression_is_out() -> N
     assert _matched_p(7.0 * score, level) == pytest.approx(p)
     score[5] = 0.0
     assert _matched_p(score, level)[5] == 1.0
-    assert np.isnan(_matched_p(score[:MATCHED], level[:MATCHED])).all()
+
+
+def test_few_candidates_are_compared_with_random_edits_of_like_genes(tiny_bundle, demo_cells: Cells) -> None:
+    base = Screen(make(tiny_bundle, demo_cells).recipe, knock_outs(demo_cells.take([3]))[:2])
+    assert base.guesses == 2 * (1 + STAND_INS)
+    table = guess(base, tiny_bundle, demo_cells).set_index("candidate")
+    chosen = demo_cells.take([list(demo_cells.cell_id).index(base.recipe.cell_ids[0])])
+    for candidate in base.candidates:
+        copies, _ = matched_edits(
+            candidate, chosen, demo_cells, STAND_INS, tiny_bundle.scgpt.vocab, base.recipe.encoder_seed
+        )
+        assert not set(candidate.genes) & {gene for copy in copies for gene in copy.genes}
+        both = replace(base, candidates=(candidate, *copies))
+        shift = guess(both, tiny_bundle, demo_cells).set_index("candidate")["shift"]
+        own = table.at[str(candidate), "shift"]
+        farther = sum(shift[str(copy)] >= own for copy in copies)
+        assert table.at[str(candidate), "p_matched"] == pytest.approx((farther + 1) / (len(copies) + 1))
 
 
 def test_one_row_alone_can_be_a_hit_in_the_default_design(tiny_bundle, demo_cells: Cells) -> None:
@@ -254,7 +271,10 @@ def test_the_command_writes_both_tables(files: list[str], tmp_path: Path, capsys
     assert "candidates; 2 of them drawn" in said and "With 4 seeds no p is below 0.12" in said
     assert "None of the 1 tested candidates could be shown to move a readout" in said
     assert (
-        run_command("perturb", "", COMMANDS, [*files, "--out", str(tmp_path), "--scheduler", "tcp://127.0.0.1:9"]) == 2
+        run_command(
+            "perturb", "", COMMANDS, [*files, "--out", str(tmp_path / "new"), "--scheduler", "tcp://127.0.0.1:9"]
+        )
+        == 2
     )
     assert "does not answer" in capsys.readouterr().err
 

@@ -80,7 +80,7 @@ def test_the_page_shows_the_numbers_with_n_interval_null_and_method(made, files:
         f"Which of {len(screen.candidates)} knock-outs move the niche of cell",
         f"{row['low'] * factor:.3g} to {row['high'] * factor:.3g}",
         "With 3 seeds no p is below 0.25, so that no q can be below 0.05",
-        "n other candidates that move at least as far once the trend with level is taken out",
+        "random edits that move at least as far: the candidate",
         "could be shown to move a readout",
         "mean paired one (edited - unedited) over 3 further seeds",
         f"{len(screen.candidates)} knock-outs were compared",
