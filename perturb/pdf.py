@@ -43,6 +43,8 @@ ROWS = 62
 """Rows of a table on a page."""
 MAX_ROWS = 2 * ROWS
 """Rows of a table in the PDF; the files hold all."""
+EVIDENCE_ROWS = 24
+"""Of a table of the evidence."""
 
 
 def result_pdf(result: Result, evidence: Evidence | None = None) -> bytes:
@@ -56,11 +58,12 @@ def result_pdf(result: Result, evidence: Evidence | None = None) -> bytes:
     words = _sections(recipe, wording.facts(recipe, origin), method, wording.CAUTIONS, further)
     if evidence is not None:
         words = [*_evidence(result, evidence), *words]
-    return _pdf(question, [_first(result, question), *_effects(result), *_text(words)])
+    tables = [] if evidence is None else _evidence_tables(evidence)
+    return _pdf(question, [_first(result, question), *_effects(result), *_text(words), *tables])
 
 
 def _evidence(result: Result, evidence: Evidence) -> Iterator[tuple[str, Sequence[str]]]:
-    """Lights with their reasons, then what each part says; its tables are in the HTML page and the files."""
+    """Lights with their reasons, then what each part says."""
     from perturb.evidence_words import TITLES, name_of, sections
     from perturb.verdict import RULE, verdicts
 
@@ -74,6 +77,41 @@ def _evidence(result: Result, evidence: Evidence) -> Iterator[tuple[str, Sequenc
         yield title, [f"- {sentence}" for sentence in sentences]
     if evidence.missing:
         yield "Not answered", [f"- {TITLES[name]} {reason}" for name, reason in evidence.missing.items()]
+
+
+def _evidence_tables(evidence: Evidence) -> Iterator[Figure]:
+    """The tables of the parts, one below the other; the rest of a long one is in the HTML page and the files."""
+    from perturb.evidence_words import sections
+
+    figure, y = None, 0.0
+    for _, title, _, tables in sections(evidence):
+        for table, caption in tables:
+            rows = table.head(EVIDENCE_ROWS)
+            if figure is None or y - 0.0128 * (len(rows) + 3) - 0.06 < 0.04:
+                if figure is not None:
+                    yield figure
+                figure, y = _page(), TOP
+            y = _write(figure, y, title, 11, 90, weight="bold")
+            left_out = f" {len(table) - len(rows)} further rows are in the HTML page." * (len(rows) < len(table))
+            y = _write(figure, y, caption + left_out, 7.5, 125) - 0.006
+            places, size = _layout(rows)
+            _table(figure, y, rows, places, size=size)
+            y -= 0.0128 * (len(rows) + 3)
+    if figure is not None:
+        yield figure
+
+
+def _layout(table: pd.DataFrame) -> tuple[dict[str, float], float]:
+    """Where each column begins, as a share of the text's width, and the size in points at which all of them fit."""
+    widths = {
+        str(name): max(
+            len(str(name)) * 1.2, *(9 if isinstance(v, float) else min(len(str(v)), 40) for v in table[name])
+        )
+        for name in table.columns
+    }
+    ends = np.cumsum([width + 2 for width in widths.values()])
+    places = dict(zip(widths, [0.0, *(ends[:-1] / ends[-1]).tolist()], strict=True))
+    return places, 7.0 * min(1.0, 115 / float(ends[-1]))
 
 
 def screen_pdf(screen: Screen, result: ScreenResult, origin: Origin) -> bytes:
@@ -303,20 +341,25 @@ def _table_pages(
 
 
 def _table(
-    figure: Figure, y: float, table: pd.DataFrame, columns: dict[str, float], names: dict[str, str] | None = None
+    figure: Figure,
+    y: float,
+    table: pd.DataFrame,
+    columns: dict[str, float],
+    names: dict[str, str] | None = None,
+    size: float = 7.0,
 ) -> None:
-    """Rows at 7 points. ``columns``: which, and where each begins, as a share of the text's width."""
+    """Rows at ``size`` points. ``columns``: which, and where each begins, as a share of the text's width."""
     step, ends = 0.0128, [*list(columns.values())[1:], 1.06]
     for name, place in columns.items():
         title = (names or {}).get(name, name).replace("_", " ")
-        figure.text(LEFT + place * (RIGHT - LEFT), y, title, fontsize=7.5, weight="bold", va="top")
+        figure.text(LEFT + place * (RIGHT - LEFT), y, title, fontsize=1.07 * size, weight="bold", va="top")
     for i, row in enumerate(table[list(columns)].itertuples(index=False, name=None), start=1):
         for place, end, value in zip(columns.values(), ends, row, strict=True):
             text = str(value)
             if isinstance(value, float):
                 text = "undefined" if value != value else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-            text = _shortened(text, int((end - place) * 128))
-            figure.text(LEFT + place * (RIGHT - LEFT), y - i * step, _plain(text), fontsize=7, va="top")
+            text = _shortened(text, int((end - place) * 128 * 7.0 / size))
+            figure.text(LEFT + place * (RIGHT - LEFT), y - i * step, _plain(text), fontsize=size, va="top")
 
 
 def _sections(

@@ -27,6 +27,7 @@ from perturb.cache import DiskCache
 from perturb.edits import Perturbation
 from perturb.evidence import ALL_PARTS, COSTS, PARTS, Evidence, Part, at_hand, gather, kept, niches_of, steps
 from perturb.matched import matched_null
+from perturb.pdf import _evidence_tables
 from perturb.recipe import Recipe
 from perturb.replay import read_report
 from perturb.report import html, pdf, write_report
@@ -360,6 +361,11 @@ def test_a_report_without_evidence_says_nothing_of_it_and_one_with_another_is_re
     assert 'id="evidence"' not in html(result) and 'id="evidence"' in html(result, evidence)
     with_it = pdf(result, evidence)
     assert with_it.startswith(b"%PDF") and len(with_it) > len(pdf(result))
+    said = [text.get_text() for page in _evidence_tables(evidence) for text in page.texts]
+    for _, title, _, tables in evidence_words.sections(evidence):
+        for table, caption in tables:
+            assert title in said and any(text.startswith(caption[:40]) for text in said)
+            assert {str(name).replace("_", " ") for name in table.columns} <= set(said)
     with pytest.raises(ValueError, match="evidence on recipe"):
         html(result, replace(evidence, recipe_hash="0" * 64))
 
