@@ -17,10 +17,6 @@ __all__ = ["Chart", "Section", "Table", "html", "markdown", "section_markdown", 
 
 Figure = Mapping[str, Any]
 
-COVERS = (
-    "Intervals are 95 % and run over donors and, within each, its cells: what another choice of held-out donors and "
-    "cells would change. They do not cover another training of any method."
-)
 WEIGHTS = (
     "Inception-v3 and LPIPS need weight files: `--inception weights-inception-2015-12-05-6726825d.pth` "
     "(torch-fidelity) and `--lpips alexnet-owt-7be5be79.pth alex.pth` (torchvision, lpips v0.1)."
@@ -198,7 +194,7 @@ def _table_1(result: Figure) -> Section | None:
         "Smaller is nearer to the real tiles. KID is unbiased and may be negative. Features of reader and "
         "stain-texture are standardised by the real tiles: compare such figures with each other, not with those of "
         "papers.",
-        COVERS,
+        _covers(result),
     ]
     if not any("Inception" in title for title in figures) or not any(title.startswith("LPIPS (") for title in figures):
         text.append(WEIGHTS)
@@ -241,7 +237,7 @@ def _figure_3(result: Figure) -> Section | None:
         ]  # fmt: skip
         tables.append(Table(["class, difference in cells per mm2", "real", *lines], rows))
     charts = [Chart(f"{title}, absolute, mean over types", _by_type_points(lines, k, x)) for k, title, _, x in _COLUMNS]
-    text = ["Zero is perfect. Density is that of generated tiles over that of real ones, less 1.", COVERS]
+    text = ["Zero is perfect. Density is that of generated tiles over that of real ones, less 1.", _covers(result)]
     return Section("figure_3", "Figure 3: cells in the niche", text, [t for t in tables if t.rows], charts)
 
 
@@ -279,7 +275,9 @@ def _old(result: Figure) -> Section | None:
     if not rows:
         return None
     header = ["compared", "n", *(t for _, t, _, _ in _COLUMNS), *(f"by type: {t}" for _, t, _, _ in _COLUMNS)]
-    return Section("steps", "Exchanged conditions, and all steps of the diffusion", [COVERS], [Table(header, rows)])
+    return Section(
+        "steps", "Exchanged conditions, and all steps of the diffusion", [_covers(result)], [Table(header, rows)]
+    )
 
 
 def _classifier(result: Figure) -> Section | None:
@@ -324,7 +322,9 @@ def _separation(result: Figure) -> Section | None:
             for name in s["z_c"]["niche_r2_each"]
         ),
     ]
-    return Section("separation", "Separation of type and environment", [text, COVERS], [Table(["", *parts], rows)])
+    return Section(
+        "separation", "Separation of type and environment", [text, _covers(result)], [Table(["", *parts], rows)]
+    )
 
 
 def _central(result: Figure) -> Section | None:
@@ -354,7 +354,7 @@ def _central(result: Figure) -> Section | None:
         [[kind, *(number(row[name], ".0f", 100) for name in classes)] for kind, row in c["shares"].items()],
     )
     title = "Figure 4: a type drawn in the middle"
-    return Section("central_types", title, [text, COVERS], [Table(header, rows), shares], [
+    return Section("central_types", title, [text, _covers(result)], [Table(header, rows), shares], [
         Chart("share above chance (percentage points)", points)
     ])  # fmt: skip
 
@@ -379,7 +379,7 @@ def _read_back(result: Figure) -> Section | None:
     ]
     header = ["picture", "n", "R2 of expression", "share of the real tile's (%)", "correlation"]
     title = "Read-back: expression recovered from the picture"
-    return Section("read_back", title, [text, COVERS], [Table(header, rows)], [Chart("correlation", points)])
+    return Section("read_back", title, [text, _covers(result)], [Table(header, rows)], [Chart("correlation", points)])
 
 
 def _effects(result: Figure) -> Section | None:
@@ -403,6 +403,17 @@ def _effects(result: Figure) -> Section | None:
         )  # fmt: skip
     header = ["programme", "direction", "readout", "true change", "model's change"]
     return Section("driver_programmes", "Edits of driver programmes against the truth", [text], [Table(header, rows)])
+
+
+def _covers(result: Figure) -> str:
+    """What the intervals run over, and what they leave out."""
+    one = len(result.get("donors", ())) == 1
+    over = "the cells of the one held-out donor" if one else "donors and, within each, its cells"
+    choice, other = ("cells", "other donors or ") if one else ("held-out donors and cells", "")
+    return (
+        f"Intervals are 95 % and run over {over}: what another choice of {choice} would change. They do not cover "
+        f"{other}another training of any method."
+    )
 
 
 def _about(result: Figure) -> list[str]:

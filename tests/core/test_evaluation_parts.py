@@ -374,7 +374,9 @@ def test_markdown_tables_are_whole_and_hold_value_interval_and_n(told: dict[str,
     line = next(line for line in text.splitlines() if line.startswith("| RNA <CDM> \\| x | ") and "x 40)" in line)
     assert f"{kid['value']:.4f} [{kid['low']:.4f}, {kid['high']:.4f}]" in line and "| 40 / 40 | 4 |" in line
     assert "40 cells of 4 donors that the bundle has not learned from" in text
-    assert "do not cover another training" in text
+    assert "run over donors and, within each, its cells" in text and "do not cover another training" in text
+    alone = markdown(told | {"donors": ["a"]})
+    assert "the cells of the one held-out donor" in alone and "do not cover other donors or another" in alone
     for verdict_ in told["figure_3"]["verdicts"]:
         assert f"- {verdict_['sentence']}" in text
     assert "--inception" in text, "it says how to get the figures of papers"
