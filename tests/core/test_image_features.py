@@ -211,7 +211,7 @@ def test_inception_has_the_published_parameters():
 
 
 def test_inception_equals_torch_fidelitys_with_the_same_weights(inception_file):
-    """``FeatureExtractorInceptionV3`` of torch-fidelity 0.4.0 on these weights and this picture, every 256th feature."""
+    """``FeatureExtractorInceptionV3`` of torch-fidelity 0.4.0 on these weights and picture, every 256th feature."""
     found = InceptionFeatures(inception_file)(pictures(1, 128))[0]
     expected = [0.076880366, 0.147424966, 0.0, 0.067710541, 0.0, 0.096196041, 0.002618598, 0.182600915]
     np.testing.assert_allclose(found[::256], expected, rtol=1e-3, atol=1e-5)
