@@ -282,7 +282,12 @@ def _matched(part: Part, evidence: Evidence) -> Iterator[str]:
     facts, drawn = part.facts, part.name == "matched_drawn"
     seeds = f"drawn with {facts['seeds']} noise seed{'s' * (facts['seeds'] != 1)}"
     how = seeds if drawn else "guessed by the niche network"
-    yield f"{facts['edits']} like edits of random genes of like expression and detection, {how}."
+    like = (
+        "expression, detection and number of targets"
+        if "targets" in part.tables["genes"]
+        else "expression and detection"
+    )
+    yield f"{facts['edits']} like edits of random genes of like {like}, {how}."
     for row in _headline(part, "readouts", evidence):
         kind = row["readout"]
         adjusted = "" if drawn or not np.isfinite(row["q"]) else f", q = {row['q']:.2g}"

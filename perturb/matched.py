@@ -56,7 +56,8 @@ class MatchedNull:
         ``p, q, n`` (random edits in which the readout is defined).
     effects: ``edit, readout, effect``, the random effects one by one.
     genes: ``gene, level, detection, count`` of the edited genes and of the random ones: mean count and share of cells
-        with a count among cells of the type, mean count in the edited cells; ``random`` tells them apart.
+        with a count among cells of the type, mean count in the edited cells; ``targets`` in the network through which
+        edits spread; ``random`` tells them apart.
     drawn: False where the niche network guessed.
     """
 
@@ -110,7 +111,7 @@ def matched_null(
         raise BadInput(f"seeds is {seeds}: choose 1 to {len(recipe.seeds)}, as many as the result has.")
     n = (DRAWN if drawn else GUESSED) if n is None else n
     chosen = cells.take([{name: i for i, name in enumerate(cells.cell_id)}[name] for name in recipe.cell_ids])
-    perturbations, genes = matched_edits(recipe.perturbation, chosen, cells, n, model.scgpt.vocab, seed)
+    perturbations, genes = matched_edits(recipe.perturbation, chosen, cells, n, model.scgpt.vocab, seed, network)
     n_seeds = len(recipe.seeds) if seeds is None else seeds
     short = replace(recipe, seeds=recipe.seeds[:n_seeds])
     reference = hashlib.sha256("\x1f".join([*cells.cell_id, *map(str, cells.genes)]).encode()).hexdigest()
@@ -204,12 +205,19 @@ def null_table(observed: Mapping[str, float], effects: pd.DataFrame) -> pd.DataF
 
 
 def matched_edits(
-    perturbation: Perturbation, chosen: Cells, cells: Cells, n: int, vocabulary: Mapping[str, int], seed: int
+    perturbation: Perturbation,
+    chosen: Cells,
+    cells: Cells,
+    n: int,
+    vocabulary: Mapping[str, int],
+    seed: int,
+    network: Network | None = None,
 ) -> tuple[list[Perturbation], pd.DataFrame]:
     """At most ``n`` different copies of a perturbation with other genes in the place of the edited ones.
 
     A gene's stand-in is drawn from those nearest to it in three figures, each as its rank among all genes: mean count
-    and detection among ``cells`` of the types of ``chosen``, and mean count in ``chosen``. It is expressed in
+    and detection among ``cells`` of the types of ``chosen``, and mean count in ``chosen``; where edits spread through a
+    network, in a fourth, the number of genes that it regulates there. It is expressed in
     ``chosen`` if and only if the gene is, known to the encoder if and only if the gene is, and not edited itself.
 
     Returns
@@ -225,7 +233,9 @@ def matched_edits(
     if n < 1:
         raise BadInput(f"n is {n}: compare with at least 1 random edit.")
     figures = _figures(chosen, cells)
-    ranks = figures[["level", "detection", "count"]].rank(pct=True)
+    if network is not None:
+        figures["targets"] = pd.Series(network.regulators).value_counts().reindex(figures.index, fill_value=0)
+    ranks = figures.rank(pct=True)
     expressed = figures["count"].to_numpy() > 0
     known = np.array([gene in vocabulary for gene in figures.index])
     free = ~figures.index.isin(perturbation.genes)

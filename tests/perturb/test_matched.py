@@ -17,6 +17,7 @@ from ge2hist_core.sampler import Stopped
 from ge2hist_core.types import BadInput, Cells
 from perturb.cache import DiskCache
 from perturb.edits import Perturbation
+from perturb.grn import Network
 from perturb.matched import MatchedNull, matched_edits, matched_null, null_table
 from perturb.recipe import Recipe
 from perturb.result import Result
@@ -197,3 +198,19 @@ def test_what_cannot_be_compared_is_refused_with_a_cure(
     few = Cells(np.ones((2, 2)), np.array(["GAPDH", "NOTINVOCAB1"]), np.array(["a", "b"]), np.array(["T", "T"]))
     with pytest.raises(BadInput, match="like GAPDH"):
         matched_edits(Perturbation.parse("GAPDH:ko"), few, few, 3, tiny_bundle.scgpt.vocab, 0)
+
+
+def test_where_edits_spread_a_regulators_stand_ins_are_mostly_regulators() -> None:
+    """400 genes of like expression, of which 60 regulate six others each: most stand-ins are of these."""
+    genes = np.array([f"G{i}" for i in range(400)])
+    counts = np.random.default_rng(0).poisson(5.0, (30, 400)) + 1
+    cells = Cells(counts, genes, np.array([f"c{i}" for i in range(30)]))
+    regulators = set(genes[:60])
+    names = np.repeat(genes[:60], 6)
+    network = Network(names, np.tile(genes[-6:], 60), np.ones(len(names)))
+    edit, shares = Perturbation.parse("G7:ko"), []
+    for given in (network, None):
+        _, table = matched_edits(edit, cells.take([0]), cells, 10, dict.fromkeys(genes, 0), 0, given)
+        shares.append(table.loc[table["random"], "gene"].isin(regulators).mean())
+        assert ("targets" in table) == (given is not None)
+    assert shares[0] >= 0.6 and shares[1] <= 0.3
