@@ -154,8 +154,9 @@ def _ask_for_map() -> None:
 
 
 def _choose_type(experiment: Experiment, source: H5adSource) -> None:
-    fits = (source.cell_type == st.session_state["type"]) & ~source.empty
-    choose(experiment, source, (str(source.cell_id[int(fits.argmax())]),))
+    from perturb.run import first_of_type
+
+    choose(experiment, source, (first_of_type(source, st.session_state["type"]),))
 
 
 def _choose_listed(experiment: Experiment, source: H5adSource) -> None:

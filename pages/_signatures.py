@@ -13,10 +13,13 @@ from ge2hist_core.types import BadInput
 from pages import _ui
 from pages._experiment import Experiment, with_set
 from perturb.edits import Edit, EditSet
+from perturb.signature_options import LOG_BASES, Reading
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ge2hist_core.data import H5adSource
+    from perturb.edits import Perturbation
     from perturb.signatures import Signature
 
 DOSES = (-2.0, 2.0)
@@ -56,16 +59,81 @@ def signature_panel(experiment: Experiment, genes: Sequence[str]) -> None:
                 on_click=_ui.safely(_knock_out),
                 args=(experiment, known[chosen], genes),
             )
-        uploaded = st.file_uploader(
-            "Or upload GMT, CSV, TSV, GCT, GCTX or h5ad",
-            key=f"signatures {st.session_state.setdefault('signature turn', 0)}",
-            max_upload_size=100,
-        )
-        if uploaded is not None:
-            with _ui.guard():
-                st.session_state["signature file"] = _save(uploaded)
-                st.session_state["signature turn"] += 1
-                st.rerun()
+        upload("Or upload GMT, CSV, TSV, GCT, GCTX or h5ad")
+
+
+def upload(label: str) -> None:
+    """Upload a file of signatures in place of the one before, and say how it is read."""
+    uploaded = st.file_uploader(
+        label, key=f"signatures {st.session_state.setdefault('signature turn', 0)}", max_upload_size=100
+    )
+    if uploaded is not None:
+        with _ui.guard():
+            st.session_state["signature file"] = _save(uploaded)
+            st.session_state["signature turn"] += 1
+            st.rerun()
+    with st.expander("How the file is read"):
+        _choose_reading()
+
+
+def _choose_reading() -> None:
+    """Widgets of the current :class:`perturb.signature_options.Reading`; they apply to a file that is here at once."""
+    reading = _reading()
+    change = {"on_change": _ui.safely(_set_reading)}
+    base = next((name for name, value in LOG_BASES.items() if value == reading.base), "2")
+    st.session_state["signature padj"] = reading.padj_below
+    st.session_state["signature top"] = reading.top
+    st.session_state["signature base"] = base
+    st.session_state["signature directions"] = reading.direction_only
+    st.number_input(
+        "Adjusted p-value below",
+        0.0,
+        1.0,
+        value=None,
+        step=0.01,
+        format="%.4g",
+        placeholder="no limit",
+        key="signature padj",
+        **change,
+    )
+    st.number_input(
+        "Strongest genes, at most",
+        1,
+        value=None,
+        placeholder="all",
+        key="signature top",
+        help="Of the genes that these data have, by the size of their change.",
+        **change,
+    )
+    st.segmented_control(
+        "Base of the logarithm",
+        list(LOG_BASES),
+        key="signature base",
+        required=True,
+        help="Of the fold changes. Seurat before version 4 wrote natural logarithms (base e).",
+        **change,
+    )
+    st.toggle(
+        "Directions alone",
+        key="signature directions",
+        help="Every gene changes by the same factor or its inverse, whatever the size of its fold change.",
+        **change,
+    )
+
+
+def _reading() -> Reading:
+    found: Reading = st.session_state.get("signature reading", Reading())
+    return found
+
+
+def _set_reading() -> None:
+    """Take the widgets' choices; a file that cannot be read so keeps the ones before."""
+    state = st.session_state
+    base, padj, top = LOG_BASES[state["signature base"]], state["signature padj"], state["signature top"]
+    reading = Reading(padj, top, None if base == 2 else base, direction_only=bool(state["signature directions"]))
+    if (path := _file()) is not None:
+        _read(str(path), path.stat().st_mtime_ns, reading)
+    state["signature reading"] = reading
 
 
 def _card(experiment: Experiment, part: EditSet, genes: Sequence[str]) -> None:
@@ -88,7 +156,10 @@ def _card(experiment: Experiment, part: EditSet, genes: Sequence[str]) -> None:
 
     signature = known_signatures().get(part.name)
     if signature is None or part.dose is None or not comes_from(part, signature, genes):
-        st.caption(f"{len(part.edits)} genes, from a link or recipe. Upload its file again to change the dose.")
+        st.caption(
+            f"{len(part.edits)} genes, from a link, a recipe or a file that was read otherwise. Upload its file again, "
+            "read as it was, to change the dose."
+        )
         return
     low, high = min(DOSES[0], part.dose), max(DOSES[1], part.dose)
     st.session_state[f"dose {part.name}"] = part.dose
@@ -109,6 +180,7 @@ def _about(signature: Signature) -> None:
     facts = [signature.description, f"{len(signature.genes)} genes"]
     facts += [f"cell line {signature.cell_line}"] * bool(signature.cell_line)
     facts += ["directions only"] * signature.direction_only
+    facts += [] if signature.top is None else [f"the {signature.top} strongest act"]
     st.caption(_ui.plain(" · ".join(fact for fact in facts if fact)))
     if signature.source:
         st.caption(f"Source: {_ui.plain(signature.source)}")
@@ -148,18 +220,38 @@ def known_signatures() -> dict[str, Signature]:
     """The library's signatures and those of the uploaded file, by name."""
     from perturb.signatures import load_library
 
-    found = {signature.name: signature for signature in load_library()}
-    path = st.session_state.get("signature file")
-    if path is not None and path.is_file():
-        found |= {signature.name: signature for signature in _read(str(path), path.stat().st_mtime_ns)[:LISTED]}
-    return found
+    return {signature.name: signature for signature in (*load_library(), *uploaded_signatures())}
+
+
+def uploaded_signatures() -> list[Signature]:
+    """Those of the uploaded file, the first 5,000; none without a file."""
+    path = _file()
+    return [] if path is None else _read(str(path), path.stat().st_mtime_ns, _reading())[:LISTED]
+
+
+def edits_of_all(source: H5adSource, dose: float, uploaded: bool) -> tuple[Perturbation, ...]:
+    """Every signature of the uploaded file, or of the library, that acts on genes of the data, at one dose."""
+    path = str(_file()) if uploaded else None  # the file's folder is named by its content
+    return _edits_of_all(source.sha256, source.preview.gene_column, path, _reading(), dose, source)
+
+
+@st.cache_resource(max_entries=8, show_spinner="Looking for the signatures' genes")
+def _edits_of_all(
+    data: str, gene_column: str, path: str | None, reading: Reading, dose: float, _source: H5adSource
+) -> tuple[Perturbation, ...]:
+    from perturb.screen import signature_edits
+
+    return signature_edits(list(_source.genes), dose, None if path is None else uploaded_signatures())
+
+
+def _file() -> Path | None:
+    path: Path | None = st.session_state.get("signature file")
+    return path if path is not None and path.is_file() else None
 
 
 @st.cache_resource(max_entries=4, show_spinner="Reading the signatures")
-def _read(path: str, changed: int) -> list[Any]:
-    from perturb.signature_files import read_signatures
-
-    return read_signatures(Path(path))
+def _read(path: str, changed: int, reading: Reading) -> list[Any]:
+    return reading.read(path)
 
 
 def _save(uploaded: Any) -> Path:
@@ -171,7 +263,7 @@ def _save(uploaded: Any) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
     try:
-        _read(str(path), path.stat().st_mtime_ns)
+        _read(str(path), path.stat().st_mtime_ns, _reading())
     except BadInput:
         path.unlink(missing_ok=True)
         raise

@@ -14,6 +14,7 @@ from pages._downloads import screen_downloads
 from pages._experiment import Experiment
 from pages._gene_search import choose_genes
 from pages._goal import goal_panel
+from pages._signatures import LISTED, edits_of_all, upload, uploaded_signatures
 from perturb.edits import Perturbation
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 KINDS = ("Which edits move the niche?", "Edits towards a target")
 WHAT = ("All expressed genes", "A list of genes", "Drug signatures")
+FROM = ("The library", "The uploaded file")
 
 
 def page() -> None:
@@ -63,7 +65,7 @@ def _ranking(experiment: Experiment, model: GE2Hist, source: H5adSource) -> None
 
 
 def _choices(experiment: Experiment, model: GE2Hist, source: H5adSource) -> Screen | None:
-    from perturb.screen import READOUTS, Screen, knock_outs, signature_edits
+    from perturb.screen import READOUTS, Screen, knock_outs
 
     recipe = replace(experiment.recipe.base, seeds=(0,))
     cells = _ui.get_cells(recipe, source)
@@ -93,11 +95,32 @@ def _choices(experiment: Experiment, model: GE2Hist, source: H5adSource) -> Scre
             return None
         candidates = knock_outs(chosen, names)
     else:
-        dose = st.slider("Dose of every signature (log2 fold change per gene)", 0.25, 2.0, 1.0, 0.25, key="screen dose")
-        candidates = signature_edits(list(source.genes), dose)
-        if not candidates:
-            raise BadInput("No signature of the library has a gene in these data: choose genes instead.")
+        candidates = _signatures(source)
     return Screen(recipe, candidates, keep=int(keep), readout=readout)
+
+
+def _signatures(source: H5adSource) -> tuple[Perturbation, ...]:
+    """Those of the library or of the uploaded file at one dose."""
+    from perturb.signatures import load_library
+
+    uploaded = uploaded_signatures()
+    choices = FROM if uploaded else FROM[:1]
+    left, right = st.columns(2)
+    # Another key with a file than without: whoever uploads one means it.
+    where = left.segmented_control(
+        "Signatures", choices, default=choices[-1], key=f"signatures of {len(choices)}", required=True
+    )
+    wanted = uploaded if where == FROM[1] else load_library()
+    units = dict.fromkeys(signature.dose_unit for signature in wanted)
+    dose = right.slider(f"Dose of every signature ({' or '.join(units)})", 0.25, 2.0, 1.0, 0.25, key="screen dose")
+    with st.expander("Upload signatures of your own", icon=":material/upload:"):
+        upload("GMT, CSV, TSV, GCT, GCTX or h5ad")
+    candidates = edits_of_all(source, dose, wanted is uploaded)
+    if not candidates:
+        raise BadInput(f"No signature of {where.lower()} has a gene in these data: choose other candidates.")
+    first = "the first " * (len(wanted) == LISTED)
+    st.caption(f"{len(candidates):,} of {first}{len(wanted):,} signatures act on genes of these data.")
+    return candidates
 
 
 def _screen(screen: Screen, experiment: Experiment, model: GE2Hist, source: H5adSource) -> None:

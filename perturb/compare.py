@@ -59,7 +59,12 @@ def comparison_files(
         folder = f"{i + 1}_{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')[:40] or 'scenario'}/"
         said[folder] = f"report of {_line(name)}: `python -m perturb replay` runs this folder again"
         files |= {folder + inner: content for inner, content in report_files(result, some).items()}
-    further = "Every number and picture here comes from a generative model. It is no measurement."
+    further = "\n".join(
+        (
+            *workspace.changed_for_noise,
+            "Every number and picture here comes from a generative model. It is no measurement.",
+        )
+    )
     n = len(results[0].recipe.seeds) if results else 0
     title = f"{len(names)} scenarios on the same noise, {n} seed{'s' * (n != 1)} each"
     return files | {"README.txt": readme(title, said, further)}
@@ -132,6 +137,13 @@ def main(args: argparse.Namespace) -> None:
     workspace = Workspace()
     for path in args.recipes:
         workspace = workspace.added(Path(path).stem.strip() or "recipe", Recipe.read(path))
+    if args.network and all(scenario.recipe.propagation is None for scenario in workspace.scenarios):
+        raise BadInput(
+            "--network is of no use, as the edits of none of the recipes spread: leave it out, or make a recipe with "
+            "`python -m perturb recipe --network`."
+        )
+    for sentence in workspace.changed_for_noise:
+        print(sentence)
     model = GE2Hist.load(args.bundle)
     cache = DiskCache(args.cache) if args.cache else None
     networks = _networks(args.network)

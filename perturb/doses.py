@@ -23,6 +23,7 @@ from perturb.grn import Network
 from perturb.recipe import Recipe
 from perturb.result import pack_table, unpack_table
 from perturb.run import Progress, run
+from perturb.signature_options import add_reading, file_signatures, find_signature
 from perturb.signatures import Signature, expand
 from perturb.stats import crossed_effect
 from perturb.tables import LEVEL, steps
@@ -36,7 +37,6 @@ __all__ = [
     "at_every_dose",
     "comes_from",
     "dose_series",
-    "find_signature",
     "hill_curve",
     "load_doses",
     "respond",
@@ -201,6 +201,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="recipe.json: cells, seeds and further edits")
     parser.add_argument("--signature", required=True, help="name in the library or in --signature-file")
     parser.add_argument("--signature-file", help="GMT, CSV, TSV, GCT, GCTX or h5ad with the signature")
+    add_reading(parser)
     parser.add_argument("--max-dose", type=float, default=2.0, help="-4 to 4; below 0 the signature is reversed")
     parser.add_argument("--out", required=True, help="folder for doses.csv and doses.html")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
@@ -209,26 +210,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--network", help="the network table of a recipe whose edits spread")
     parser.add_argument("--cache", help="folder in which finished arms are kept and looked up")
-
-
-def find_signature(name: str, path: str | None) -> Signature:
-    """A signature of the library, or of a file where one is given.
-
-    Raises
-    ------
-    BadInput: no such signature, or a file that cannot be read.
-    """
-    from perturb.edits import nearest_genes
-    from perturb.signature_files import read_signatures
-    from perturb.signatures import load_library
-
-    known = {s.name: s for s in (load_library() if path is None else read_signatures(path))}
-    if name not in known:
-        near = nearest_genes(name, known)
-        where = "the library" if path is None else path
-        cure = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(list(known)[:3])} and others."
-        raise BadInput(f"There is no signature {name!r} in {where}: {cure}")
-    return known[name]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -247,7 +228,7 @@ def main(args: argparse.Namespace) -> None:
     from perturb.page import chart_page, csv_bytes
     from perturb.run import open_recipe, print_progress
 
-    signature = find_signature(args.signature, args.signature_file)
+    signature = find_signature(args.signature, args.signature_file, file_signatures(args))
     recipe, model, cells = open_recipe(args)
     network = network_for(recipe, args.network, args.recipe)
     series = dose_series(recipe, signature, list(cells.genes), args.max_dose)

@@ -166,9 +166,14 @@ def network_for(recipe: Recipe, given: str | None, beside: str | Path) -> Networ
 
     Raises
     ------
-    BadInput: a file that cannot be read.
+    BadInput: a file that cannot be read, or one that is given for a recipe whose edits do not spread.
     """
     if recipe.propagation is None:
+        if given:
+            raise BadInput(
+                f"--network {given} is of no use, as the recipe's edits do not spread: leave it out, or make the "
+                "recipe with `python -m perturb recipe --network`."
+            )
         return None
     path = Path(beside).parent / "network.json"
     return read_network(given) if given else read_network(path) if path.is_file() else None

@@ -10,16 +10,22 @@ import argparse
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from ge2hist_core.config import SampleConfig, from_json, to_json
 from ge2hist_core.types import BadInput
 from perturb.edits import Edit, EditSet, Perturbation
 from perturb.grn import DEFAULT_STEPS, Network, Propagation, read_network
+
+if TYPE_CHECKING:
+    from ge2hist_core.model import GE2Hist
+    from ge2hist_core.types import Cells
+    from perturb.signatures import Signature
 
 __all__ = ["DEFAULT_SEEDS", "MAX_PICTURES", "SCHEMA", "Recipe"]
 
@@ -332,41 +338,111 @@ _QUERY_DEFAULTS = {
 } | {f.name: _print_number(getattr(SampleConfig(), f.name)) for f in fields(SampleConfig)}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``python -m perturb recipe``."""
+def add_cells(parser: argparse.ArgumentParser) -> None:
+    """Options that say which model, which file and which of its cells; see :func:`perturb.run.cells_asked_for`."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--cell", action="append", metavar="ID", help="cell id; may be given several times")
+    which.add_argument("--type", metavar="NAME", help="instead: the file's first cell of this type")
+    parser.add_argument(
+        "--n-cells", type=int, metavar="N", help="that cell and N - 1 others of its type, as in the app"
+    )
+    parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
+    parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="h5ad or store with raw counts")
+    parser.add_argument("--matrix", metavar="NAME", help="X, raw.X or a layer (default: raw counts that are found)")
+    parser.add_argument("--gene-column", metavar="NAME", help="column of var, or index (default: best match)")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Options of the sampler and the encoder's seed."""
     sample = SampleConfig()
-    parser.add_argument("--cell", action="append", required=True, help="cell id; may be given several times")
-    parser.add_argument("--edit", default="", help="for example CD8A:ko,VEGFA:x0.5,TGFB1:set=3,MYC:p90")
-    parser.add_argument("--seeds", default=_print_seeds(DEFAULT_SEEDS), help="for example 0-15")
     parser.add_argument("--solver", default=sample.solver, help="ddpm, ddim or dpm++")
     parser.add_argument("--steps", type=int, default=sample.steps)
     parser.add_argument("--guidance", type=float, default=sample.guidance)
     parser.add_argument("--encoder-seed", type=int, default=0)
-    parser.add_argument("--network", help="network table through which the edits spread to other genes")
-    parser.add_argument("--network-steps", type=int, default=DEFAULT_STEPS, help="edges in a row, 1 to 10")
-    parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
-    parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="h5ad or store with raw counts")
 
 
-def main(args: argparse.Namespace) -> None:
-    """Print the recipe of the given options."""
+def asked_for(args: argparse.Namespace, seeds: tuple[int, ...]) -> tuple[Recipe, GE2Hist, Cells]:
+    """Recipe of the options of :func:`add_cells`, :func:`add_sampling` and ``--edit``, its model and its cells.
+
+    Raises
+    ------
+    BadInput: a bundle, file, cell, gene, edit or option that cannot be used.
+    """
     from ge2hist_core.data import open_cells
     from ge2hist_core.model import GE2Hist
-    from perturb.run import cells_for
+    from perturb.run import cells_asked_for, cells_for
 
-    network = read_network(args.network) if args.network else None
+    sample, edits = SampleConfig(args.solver, args.steps, args.guidance), Perturbation.parse(args.edit)
     model = GE2Hist.load(args.bundle)
-    with open_cells(args.cells, model.scgpt.vocab) as source:
+    with open_cells(args.cells, model.scgpt.vocab, matrix=args.matrix, gene_column=args.gene_column) as source:
         recipe = Recipe(
             data_sha256=source.sha256,
             model_sha256=model.sha256,
-            cell_ids=tuple(args.cell),
-            perturbation=Perturbation.parse(args.edit),
-            sample=SampleConfig(args.solver, args.steps, args.guidance),
-            seeds=_parse_seeds(args.seeds),
+            cell_ids=cells_asked_for(args, source),
+            perturbation=edits,
+            sample=sample,
+            seeds=seeds,
             encoder_seed=args.encoder_seed,
-            propagation=Propagation(network.sha256, network.name, args.network_steps) if network else None,
+            matrix=args.matrix,
+            gene_column=args.gene_column,
         )
-        chosen = cells_for(source, recipe.cell_ids)
-        recipe.perturbation.apply(chosen.take(slice(len(recipe.cell_ids))), chosen)
+        return recipe, model, cells_for(source, recipe.cell_ids)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``python -m perturb recipe``."""
+    from perturb.signature_options import add_reading
+
+    add_cells(parser)
+    parser.add_argument("--edit", default="", help="for example CD8A:ko,VEGFA:x0.5,TGFB1:set=3,MYC:p90")
+    parser.add_argument(
+        "--signature", action="append", metavar="NAME", help="act after --edit; may be given several times"
+    )
+    parser.add_argument(
+        "--dose", type=float, action="append", metavar="D", help="of each signature, or one of all (default: 1)"
+    )
+    parser.add_argument("--signature-file", help="GMT, CSV, TSV, GCT, GCTX or h5ad (default: the library)")
+    add_reading(parser)
+    parser.add_argument("--seeds", default=_print_seeds(DEFAULT_SEEDS), help="for example 0-15")
+    add_sampling(parser)
+    parser.add_argument("--network", help="network table through which the edits spread to other genes")
+    parser.add_argument("--network-steps", type=int, default=DEFAULT_STEPS, help="edges in a row, 1 to 10")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the recipe of the given options; what became of the signatures' genes goes to standard error.
+
+    Raises
+    ------
+    BadInput: a bundle, file, cell, gene, edit, signature, network or option that cannot be used.
+    """
+    from perturb.doses import at_dose
+    from perturb.signatures import expand
+
+    network = read_network(args.network) if args.network else None
+    signatures = _signatures(args)
+    recipe, _, cells = asked_for(args, _parse_seeds(args.seeds))
+    for signature, dose in signatures:
+        recipe = at_dose(recipe, signature, list(cells.genes), dose)
+        for sentence in expand(signature, list(cells.genes), dose).sentences:
+            print(f"{signature.name}: {sentence}", file=sys.stderr)
+    if network is not None:
+        recipe = replace(recipe, propagation=Propagation(network.sha256, network.name, args.network_steps))
+    recipe.perturbation.apply(cells.take(slice(len(recipe.cell_ids))), cells)
     print(json.dumps(recipe.to_dict(), indent=1, ensure_ascii=False))
+
+
+def _signatures(args: argparse.Namespace) -> list[tuple[Signature, float]]:
+    """What ``--signature`` and ``--dose`` ask for."""
+    from perturb.signature_options import file_signatures, find_signature
+
+    names, doses = args.signature or [], args.dose or [1.0]
+    if not names and (args.dose is not None or args.signature_file is not None):
+        given = "--dose" if args.dose is not None else "--signature-file"
+        raise BadInput(f"{given} is given without --signature: name a signature, or leave it out.")
+    if len(set(names)) != len(names):
+        raise BadInput(f"--signature names {_first_repeated(tuple(names))!r} twice: give it once.")
+    if len(doses) not in (1, len(names) or 1):
+        raise BadInput(f"{len(doses)} doses are given for {len(names)} signatures: give one of each, or one of all.")
+    read = file_signatures(args)
+    return [(find_signature(name, args.signature_file, read), doses[i % len(doses)]) for i, name in enumerate(names)]

@@ -33,9 +33,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Progress",
     "cells_for",
+    "cells_asked_for",
     "cells_like",
     "choose_cells",
     "edited_cells",
+    "first_of_type",
     "open_recipe",
     "print_progress",
     "replay",
@@ -188,18 +190,51 @@ def cells_like(source: H5adSource, cell_id: str, n: int) -> tuple[str, ...]:
     BadInput: no such cell, a file without types, fewer such cells.
     """
     row = source.index_of(cell_id)
+    if n < 1:
+        raise BadInput(f"{n} cells were asked for: choose at least 1.")
     if n == 1:
         return (cell_id,)
     if source.cell_type is None:
         raise BadInput(f"{source.path.name} gives no cell types: choose the cells by name.")
     peers = np.flatnonzero((source.cell_type == source.cell_type[row]) & ~source.empty)
     others = rng.stream(0, "cells like", str(cell_id)).permutation(peers[peers != row])
-    if not 1 <= n <= len(others) + 1:
+    if n > len(others) + 1:
         raise BadInput(
             f"{n} cells of type {source.cell_type[row]!r} were asked for, the file has {len(others) + 1} with counts: "
             "choose fewer."
         )
     return (cell_id, *source.cell_id[others[: n - 1]].tolist())
+
+
+def first_of_type(source: H5adSource, cell_type: str) -> str:
+    """The file's first cell of a type that has counts.
+
+    Raises
+    ------
+    BadInput: a file without types, or without such a cell.
+    """
+    if source.cell_type is None:
+        raise BadInput(f"{source.path.name} gives no cell types: choose the cells by name.")
+    fits = (source.cell_type == cell_type) & ~source.empty
+    if not fits.any():
+        known = ", ".join(sorted(set(source.cell_type[~source.empty].tolist())))
+        raise BadInput(f"{source.path.name} has no cell of type {cell_type!r} with counts: choose one of {known}.")
+    return str(source.cell_id[int(fits.argmax())])
+
+
+def cells_asked_for(args: argparse.Namespace, source: H5adSource) -> tuple[str, ...]:
+    """The cells that :func:`perturb.recipe.add_cells` was told on the command line.
+
+    Raises
+    ------
+    BadInput: no such cell or type, fewer such cells, or ``--n-cells`` beside several cells.
+    """
+    cell_ids = (first_of_type(source, args.type),) if args.type is not None else tuple(args.cell)
+    if args.n_cells is None:
+        return cell_ids
+    if len(cell_ids) > 1:
+        raise BadInput(f"--n-cells stands beside {len(cell_ids)} cells: give one --cell or --type, or leave it out.")
+    return cells_like(source, cell_ids[0], args.n_cells)
 
 
 def choose_cells(cells: Cells, cell_ids: Sequence[str]) -> Cells:

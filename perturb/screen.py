@@ -38,13 +38,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ge2hist_core.config import READER_CLASSES, SampleConfig
+from ge2hist_core.config import READER_CLASSES
 from ge2hist_core.types import BadInput, Cells
 from perturb.edits import Edit, EditSet, Perturbation
 from perturb.reach import reach, smallest_q
-from perturb.recipe import Recipe, _parse_seeds, _print_seeds
+from perturb.recipe import Recipe, _parse_seeds, _print_seeds, add_cells, add_sampling, asked_for
 from perturb.result import Result, pack_table, unpack_table
 from perturb.run import Progress, choose_cells, run
+from perturb.signature_options import add_reading, file_signatures
 from perturb.stats import bh_fdr, crossed_effect
 from perturb.tables import steps
 
@@ -101,7 +102,7 @@ class Screen:
 
     Raises
     ------
-    BadInput: no candidate, one given twice, a number of seeds below 2, an unknown readout.
+    BadInput: no candidate, one given twice, fewer than 2 seeds or seeds that no recipe can have, an unknown readout.
     """
 
     recipe: Recipe
@@ -125,6 +126,10 @@ class Screen:
         for name in ("first_seeds", "further_seeds"):
             if len(getattr(self, name)) < 2:
                 raise BadInput(f"{name} has {len(getattr(self, name))} seeds: give at least 2.")
+            try:
+                replace(self.recipe, seeds=getattr(self, name))
+            except BadInput as error:
+                raise BadInput(f"{name} cannot be drawn: {error}") from None
         if set(self.first_seeds) & set(self.further_seeds):
             raise BadInput("first_seeds and further_seeds share a seed: a p-value needs seeds that chose nothing.")
         if self.readout != "shift" and self.readout not in READOUTS:
@@ -682,20 +687,27 @@ def _own_folder() -> str:
     return folder
 
 
-def draw_one(recipe_json: str, bundle: str, cells: str, cache: str | None = None) -> pd.DataFrame:
+def draw_one(
+    recipe_json: str, bundle: str, cells: str, cache: str | None = None, threads: int | None = None
+) -> pd.DataFrame:
     """:func:`drawn_readouts` of one recipe, in a worker process that finds bundle and cells at these paths.
 
     Parameters
     ----------
     cache: folder that keeps drawn arms, by default a temporary one of the process: the unedited arm is drawn once.
+    threads: of torch in this process from now on; the last digits depend on their number. None leaves it.
 
     Raises
     ------
     BadInput: as :func:`perturb.run.run`; a data file that is not the recipe's.
     """
+    import torch
+
     from perturb.cache import DiskCache
     from perturb.run import cells_for
 
+    if threads is not None and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
     recipe = Recipe.from_json(recipe_json)
     try:
         stamps = (_stamp(bundle), _stamp(cells))
@@ -711,62 +723,94 @@ def draw_one(recipe_json: str, bundle: str, cells: str, cache: str | None = None
     return drawn_readouts(run(recipe, model, cells_for(source, recipe.cell_ids), cache=kept))
 
 
-def on_cluster(client: Any, bundle: str, cells: str, cache: DiskCache) -> Draw:
+def on_cluster(
+    client: Any,
+    bundle: str,
+    cells: str,
+    cache: DiskCache,
+    *,
+    pictures: int | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Draw:
     """Recipes drawn by the workers of a ``dask.distributed`` client; a worker that dies has its recipe drawn again.
+
+    Every worker computes with as many torch threads as this process, so that it gives the same bytes.
 
     Parameters
     ----------
     bundle, cells: paths as the workers see them.
     cache: of this process. Readouts are kept in it in the order in which they arrive, and looked up before a recipe
         is sent out: a screen whose driver was killed goes on from there.
+    pictures: edited pictures of all recipes to come (:attr:`Screen.edited_pictures`), by default of each call.
+    on_progress: called after each recipe that arrives or was kept, in this thread.
     """
+    import torch
     from distributed import as_completed
+
+    done = 0
 
     def key(recipe: Recipe) -> str:
         return hashlib.sha256(f"drawn readouts {recipe.hash}".encode()).hexdigest()
 
+    def tell(recipe: Recipe, total: int) -> None:
+        nonlocal done
+        done += _edited_pictures(recipe)
+        if on_progress is not None:
+            on_progress(Progress(min(1.0, 0.1 + 0.9 * done / total), f"Drawn {recipe.perturbation}"[:80]))
+
     def draw(recipes: Sequence[Recipe]) -> Iterator[pd.DataFrame]:
+        total = pictures or done + sum(map(_edited_pictures, recipes))
         found = {i: unpack_table(kept) for i, one in enumerate(recipes) if (kept := cache.load_json(key(one)))}
+        for i in found:
+            tell(recipes[i], total)
         open_ones = [i for i in range(len(recipes)) if i not in found]
         texts = [recipes[i].to_json() for i in open_ones]
-        futures = client.map(draw_one, texts, bundle=bundle, cells=cells, retries=3, pure=False) if texts else []
+        same = {"bundle": bundle, "cells": cells, "threads": torch.get_num_threads()}
+        futures = client.map(draw_one, texts, **same, retries=3, pure=False) if texts else []
         place = dict(zip((future.key for future in futures), open_ones, strict=True))
         arriving = iter(as_completed(futures)) if futures else iter(())
         for i in range(len(recipes)):
             while i not in found:
                 future = next(arriving)
-                found[place[future.key]] = future.result()
-                cache.store_json(key(recipes[place[future.key]]), pack_table(found[place[future.key]]))
+                at = place[future.key]
+                found[at] = future.result()
+                cache.store_json(key(recipes[at]), pack_table(found[at]))
+                tell(recipes[at], total)
             yield found.pop(i)
 
     return draw
 
 
+def _edited_pictures(recipe: Recipe) -> int:
+    return len(recipe.cell_ids) * len(recipe.seeds)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``python -m perturb screen``."""
-    sample = SampleConfig()
-    parser.add_argument("--cell", action="append", required=True, help="cell id; may be given several times")
+    add_cells(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--genes", help="comma-separated genes to knock out (default: all that the cells express)")
     what.add_argument("--signatures", action="store_true", help="screen the library of drug signatures instead")
     what.add_argument("--signature-file", help="screen the signatures of a GMT, CSV, TSV, GCT, GCTX or h5ad instead")
-    parser.add_argument("--dose", type=float, default=1.0, help="of the signatures")
+    add_reading(parser)
+    parser.add_argument("--dose", type=float, help="of the signatures (default: 1)")
     parser.add_argument("--edit", default="", help="edits made before each candidate")
     parser.add_argument("--keep", type=int, default=20, help="candidates to draw")
     parser.add_argument("--readout", default="shift", help="rank by shift, density or fraction:TYPE")
     parser.add_argument("--seeds-first", default=_print_seeds(FIRST_SEEDS), help="choose the better half")
     parser.add_argument("--seeds-further", default=_print_seeds(FURTHER_SEEDS), help="give effects and p-values")
-    parser.add_argument("--solver", default=sample.solver, help="ddpm, ddim or dpm++")
-    parser.add_argument("--steps", type=int, default=sample.steps)
-    parser.add_argument("--guidance", type=float, default=sample.guidance)
-    parser.add_argument("--encoder-seed", type=int, default=0)
+    add_sampling(parser)
     parser.add_argument("--out", required=True, help="folder for report and tables")
-    parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
-    parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="h5ad or store with raw counts")
-    parser.add_argument("--matrix", metavar="NAME", help="X, raw.X or a layer (default: raw counts that are found)")
-    parser.add_argument("--gene-column", metavar="NAME", help="column of var, or index (default: best match)")
     parser.add_argument("--cache", help="folder in which finished work is kept and looked up")
-    parser.add_argument("--scheduler", metavar="ADDRESS", help="of a dask.distributed cluster that sees the same files")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--scheduler", metavar="ADDRESS", help="of a dask.distributed cluster that sees the same files")
+    where.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="draw in N processes of this machine, each with as many torch threads as one process would take: on few "
+        "cores set OMP_NUM_THREADS=1",
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -774,41 +818,33 @@ def main(args: argparse.Namespace) -> None:
 
     Raises
     ------
-    BadInput: a bundle, data or signature file, gene or scheduler that cannot be used.
+    BadInput: a bundle, data or signature file, gene, option or scheduler that cannot be used.
     """
-    from ge2hist_core.data import open_cells
-    from ge2hist_core.model import GE2Hist
     from perturb.cache import report_folder
-    from perturb.run import cells_for, print_progress
+    from perturb.run import print_progress
     from perturb.screen_report import headline, write_report
     from perturb.wording import Origin
 
-    sample = SampleConfig(args.solver, args.steps, args.guidance)
     first, further = _parse_seeds(args.seeds_first), _parse_seeds(args.seeds_further)
-    model = GE2Hist.load(args.bundle)
-    with open_cells(args.cells, model.scgpt.vocab, matrix=args.matrix, gene_column=args.gene_column) as source:
-        cells = cells_for(source, args.cell)
-        recipe = Recipe(
-            data_sha256=source.sha256,
-            model_sha256=model.sha256,
-            cell_ids=tuple(args.cell),
-            perturbation=Perturbation.parse(args.edit),
-            sample=sample,
-            seeds=(0,),
-            encoder_seed=args.encoder_seed,
-            matrix=args.matrix,
-            gene_column=args.gene_column,
-        )
-    candidates = _candidates(args, cells)
+    signatures = file_signatures(args)
+    recipe, model, cells = asked_for(args, (0,))
+    candidates = _candidates(args, cells.take(slice(len(recipe.cell_ids))), signatures)
     screen = Screen(recipe, candidates, keep=args.keep, first_seeds=first, further_seeds=further, readout=args.readout)
     print(f"{len(candidates)} candidates; {min(args.keep, len(candidates))} of them drawn, {screen.pictures} pictures")
     print(screen.reach())
     with report_folder(args.out, args.cache, screen.hash) as cache, ExitStack() as stack:
-        draw = None
-        if args.scheduler:
-            client = stack.enter_context(_client(args.scheduler))
-            draw = on_cluster(client, str(Path(args.bundle).resolve()), str(Path(args.cells).resolve()), cache)
-        result = run_screen(screen, model, cells, cache, draw=draw, on_progress=print_progress())
+        draw, show = None, print_progress()
+        if args.scheduler is not None or args.workers is not None:
+            client = _client(args.scheduler) if args.workers is None else _local_client(args.workers, stack)
+            draw = on_cluster(
+                stack.enter_context(client),
+                str(Path(args.bundle).resolve()),
+                str(Path(args.cells).resolve()),
+                cache,
+                pictures=screen.edited_pictures,
+                on_progress=show,
+            )
+        result = run_screen(screen, model, cells, cache, draw=draw, on_progress=show)
     print(headline(result, screen))
     for path in write_report(screen, result, Origin.of_model(model, cells), args.out):
         print(path)
@@ -823,17 +859,26 @@ def _client(address: str) -> Any:
         raise BadInput(f"--scheduler {address} does not answer ({error}): start it, or leave it out.") from None
 
 
-def _candidates(args: argparse.Namespace, cells: Cells) -> tuple[Perturbation, ...]:
-    """What the options ask for."""
-    from perturb.signature_files import read_signatures
+def _local_client(workers: int, stack: ExitStack) -> Any:
+    """A client of this machine's own cluster, which ends with ``stack``."""
+    from distributed import Client, LocalCluster
 
-    genes = list(cells.genes)
-    if args.signature_file is not None:
-        found = signature_edits(genes, args.dose, read_signatures(args.signature_file))
+    if workers < 1:
+        raise BadInput(f"--workers is {workers}: give at least 1 process, or leave it out.")
+    cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None)
+    return Client(stack.enter_context(cluster))
+
+
+def _candidates(
+    args: argparse.Namespace, chosen: Cells, signatures: Sequence[Signature] | None
+) -> tuple[Perturbation, ...]:
+    """What the options ask for; ``signatures`` are those of the file that was given."""
+    if args.signatures or signatures is not None:
+        found = signature_edits(list(chosen.genes), 1.0 if args.dose is None else args.dose, signatures)
         if not found:
-            raise BadInput(f"No signature of {args.signature_file} has a gene in these data: give another file.")
+            name = args.signature_file or "the library"
+            raise BadInput(f"No signature of {name} has a gene in these data: give another file.")
         return found
-    if args.signatures:
-        return signature_edits(genes, args.dose)
-    wanted = None if args.genes is None else [gene.strip() for gene in args.genes.split(",")]
-    return knock_outs(cells.take(slice(len(args.cell))), wanted)
+    if args.dose is not None:
+        raise BadInput("--dose is that of signatures: give --signatures or --signature-file too, or leave it out.")
+    return knock_outs(chosen, None if args.genes is None else [gene.strip() for gene in args.genes.split(",")])

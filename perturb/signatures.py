@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +34,7 @@ __all__ = [
     "Expansion",
     "Signature",
     "checked_dose",
+    "directions",
     "expand",
     "library_table",
     "listed",
@@ -69,6 +70,7 @@ class Signature:
     cell_line, drug: names, empty where unknown.
     dose_um, time_h: concentration (uM) and duration (h) of the experiment, None where unknown.
     notes: what reading left out or assumed, one sentence each.
+    top: act only on that many of the genes that the data have, the strongest ones; None for all.
 
     Raises
     ------
@@ -88,6 +90,7 @@ class Signature:
     dose_um: float | None = None
     time_h: float | None = None
     notes: tuple[str, ...] = ()
+    top: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
@@ -104,6 +107,7 @@ class Signature:
         object.__setattr__(self, "log2_fc", self._numbers("log2_fc", self.log2_fc))
         object.__setattr__(self, "notes", tuple(self.notes))
         self._check_changes()
+        _check_top(self.top)
         if self.padj is not None:
             object.__setattr__(self, "padj", self._numbers("padj", self.padj))
             bad = next((p for p in self.padj if not 0 <= p <= 1), None)
@@ -138,6 +142,31 @@ class Signature:
     def dose_unit(self) -> str:
         """What one unit of dose means for this signature."""
         return "log2 fold change per gene" if self.direction_only else "x the signature's log2 fold changes"
+
+
+def directions(signature: Signature) -> Signature | None:
+    """The same with the signs of its changes alone, the strongest genes first; None where no gene changes.
+
+    For fold changes whose size is not to be trusted, such as those of another platform or of few cells.
+    """
+    if signature.direction_only:
+        return signature
+    order = [i for i in np.argsort(-np.abs(signature.log2_fc), kind="stable").tolist() if signature.log2_fc[i]]
+    if not order:
+        return None
+    return replace(
+        signature,
+        genes=tuple(signature.genes[i] for i in order),
+        log2_fc=tuple(math.copysign(1.0, signature.log2_fc[i]) for i in order),
+        padj=None if signature.padj is None else tuple(signature.padj[i] for i in order),
+        direction_only=True,
+        notes=(*signature.notes, "Only the directions of the fold changes are used, as was asked."),
+    )
+
+
+def _check_top(top: int | None) -> None:
+    if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
+        raise BadInput(f"top is {top!r}: choose a whole number of genes from 1, or None for all.")
 
 
 # ------------------------------------------------------------------ from a signature and a dose to edits
@@ -192,6 +221,8 @@ class Expansion:
         """What a user should know, one sentence each."""
         n = len(self.table)
         said = [f"{len(self.matched)} of {n} genes of the signature are in the data and in use."]
+        if weaker := int((self.table["match"] == "not in top").sum()):
+            said.append(f"{weaker} weaker genes that the data have were left out, as was asked.")
         if self.unmatched:
             said.append(f"Not found in the data: {listed(self.unmatched)}.")
         if self.mended:
@@ -214,7 +245,8 @@ def expand(signature: Signature, cells_genes: Iterable[str], dose: float, *, top
     ----------
     cells_genes: ``[gene]`` names as in ``Cells.genes``.
     dose: -4 to 4, in ``signature.dose_unit``.
-    top: only that many of the matched genes, the strongest by |log2 fold change|, earlier ones first among equals.
+    top: only that many of the matched genes, the strongest by |log2 fold change|, earlier ones first among equals; by
+        default the signature's own ``top``.
 
     Returns
     -------
@@ -232,8 +264,8 @@ def expand(signature: Signature, cells_genes: Iterable[str], dose: float, *, top
     ('CD8A:x2,VEGFA:x0.707107,MARCHF1:x4', ('MARCHF1',), {'1-Mar': 'MARCHF1'})
     """
     dose = checked_dose(dose)
-    if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
-        raise BadInput(f"top is {top!r}: choose a whole number of genes from 1, or None for all.")
+    _check_top(top)
+    top = signature.top if top is None else top
     names = list(cells_genes)
     matches = _match_all(signature.genes, names)
     found = [i for i, (gene, _) in enumerate(matches) if gene]

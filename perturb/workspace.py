@@ -20,7 +20,7 @@ import pandas as pd
 
 from ge2hist_core.files import write_json
 from ge2hist_core.types import BadInput
-from perturb.recipe import Recipe
+from perturb.recipe import Recipe, _print_seeds
 
 if TYPE_CHECKING:
     from perturb.result import Result
@@ -129,6 +129,18 @@ class Workspace:
         same: dict[str, Any] = {"seeds": first.seeds, "sample": first.sample, "encoder_seed": first.encoder_seed}
         return tuple(replace(scenario.recipe, **same) for scenario in self.scenarios)
 
+    @property
+    def changed_for_noise(self) -> tuple[str, ...]:
+        """What :attr:`on_shared_noise` takes from the first scenario, one sentence per scenario that differs."""
+        said = []
+        for scenario, shared in zip(self.scenarios, self.on_shared_noise, strict=True):
+            own, first = _noise(scenario.recipe), _noise(shared)
+            changes = [f"{name} {first[name]} instead of {own[name]}" for name in own if own[name] != first[name]]
+            if changes:
+                name = " ".join(scenario.name.split())
+                said.append(f"The scenario {name} is drawn with {', '.join(changes)}, as the first one is.")
+        return tuple(said)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and strings, as in the file."""
         rows = [{"name": scenario.name, "recipe": scenario.recipe.to_dict()} for scenario in self.scenarios]
@@ -152,6 +164,16 @@ class Workspace:
         except (json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
             raise BadInput(f"The workspace cannot be read ({error}): {cure}.") from None
         return cls(tuple(Scenario(name, recipe) for name, recipe in rows))
+
+
+def _noise(recipe: Recipe) -> dict[str, str]:
+    """What scenarios have to share to be drawn on the same noise, in words."""
+    sample = recipe.sample
+    return {
+        "seeds": _print_seeds(recipe.seeds),
+        "sampler": f"{sample.solver} with {sample.steps} steps and guidance {sample.guidance:g}",
+        "encoder seed": str(recipe.encoder_seed),
+    }
 
 
 def save_workspace(workspace: Workspace, folder: str | Path, workspace_id: str) -> None:

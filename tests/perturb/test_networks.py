@@ -100,3 +100,11 @@ def test_the_command_line_takes_the_network_that_lies_beside_the_recipe(tmp_path
     assert network_for(recipe, None, tmp_path / "recipe.json") is None
     (tmp_path / "network.json").write_text(json.dumps(pack_network(network)))
     assert network_for(recipe, None, tmp_path / "recipe.json").sha256 == network.sha256
+
+
+def test_a_network_for_a_recipe_whose_edits_do_not_spread_is_refused(tmp_path: Path) -> None:
+    plain = Recipe("d" * 64, "e" * 64, ("c",), Perturbation.parse("A:ko"))
+    with pytest.raises(
+        BadInput, match="--network mine.csv is of no use, as the recipe's edits do not spread: leave it"
+    ):
+        network_for(plain, "mine.csv", tmp_path / "recipe.json")

@@ -2,17 +2,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ge2hist_core.__main__ import run_command
 from ge2hist_core.config import SampleConfig
-from ge2hist_core.types import BadInput
+from ge2hist_core.data import open_h5ad, write_cells
+from ge2hist_core.types import BadInput, Cells
+from perturb.__main__ import COMMANDS
 from perturb.edits import Perturbation
 from perturb.grn import Network, Propagation
 from perturb.recipe import DEFAULT_SEEDS, MAX_PICTURES, SCHEMA, Recipe
+from perturb.run import cells_like
 
 DATA, MODEL = "d" * 64, "e" * 64
 PLAIN = Recipe(DATA, MODEL, ("cell-1",))
@@ -199,3 +204,83 @@ def test_a_link_with_a_network_needs_that_network_and_keeps_its_name() -> None:
     for bad in ("xyz", f"{NETWORK.sha256[:12]},3,0,0.99", f"{NETWORK.sha256[:12]},three,0,0.99,n"):
         with pytest.raises(BadInput, match="network is"):
             Recipe.from_query(recipe.to_query() | {"network": bad}, DATA, MODEL, lambda digits: NETWORK)
+
+
+# The command
+
+
+@pytest.fixture
+def command(tiny_folder: Path, demo_cells: Cells, tmp_path: Path) -> list[str]:
+    write_cells(demo_cells, tmp_path / "cells.h5ad")
+    (tmp_path / "mine.csv").write_text("gene,logFC,padj\nGAPDH,1,0.001\nACTB,-2,0.2\nNOSUCHGENE,2,0.001\n")
+    return ["recipe", "--bundle", str(tiny_folder), "--cells", str(tmp_path / "cells.h5ad")]
+
+
+def printed(command: list[str], capsys: pytest.CaptureFixture[str]) -> Recipe:
+    assert run_command("perturb", "", COMMANDS, command) == 0
+    return Recipe.from_json(capsys.readouterr().out)
+
+
+def refusal(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert run_command("perturb", "", COMMANDS, command) == 2
+    return capsys.readouterr().err
+
+
+def test_the_command_takes_n_cells_of_a_type_as_the_app_does(command: list[str], demo_cells: Cells, capsys) -> None:
+    kind = "Fibroblast"
+    of_type = demo_cells.cell_id[demo_cells.cell_type == kind].tolist()
+    assert printed([*command, "--type", kind], capsys).cell_ids == (of_type[0],)
+    several = printed([*command, "--type", kind, "--n-cells", "4"], capsys).cell_ids
+    with open_h5ad(command[-1]) as source:
+        assert several == cells_like(source, of_type[0], 4)
+    assert len(set(several)) == 4 and set(several) <= set(of_type)
+    assert printed([*command, "--cell", of_type[2], "--n-cells", "2"], capsys).cell_ids[0] == of_type[2]
+    assert "has no cell of type 'Fibro' with counts: choose one of B cell" in refusal(
+        [*command, "--type", "Fibro"], capsys
+    )
+    assert "7 cells of type 'Fibroblast' were asked for, the file has 6" in refusal(
+        [*command, "--type", kind, "--n-cells", "7"], capsys
+    )
+    assert "0 cells were asked for" in refusal([*command, "--type", kind, "--n-cells", "0"], capsys)
+    two = ["--cell", of_type[0], "--cell", of_type[1], "--n-cells", "2"]
+    assert "--n-cells stands beside 2 cells" in refusal([*command, *two], capsys)
+
+
+def test_the_command_makes_one_dose_of_a_signature(command: list[str], tmp_path: Path, capsys) -> None:
+    one = [*command, "--cell", "cell-3"]
+    library = printed([*one, "--edit", "CD8A:ko", "--signature", "interferon_gamma", "--dose", "1.5"], capsys)
+    assert str(library.perturbation).startswith("CD8A:ko,interferon_gamma@1.5(")
+    mine = [*one, "--signature", "mine", "--signature-file", str(tmp_path / "mine.csv")]
+    assert run_command("perturb", "", COMMANDS, mine) == 0
+    said = capsys.readouterr()
+    assert str(Recipe.from_json(said.out).perturbation) == "mine@1(GAPDH:x2;ACTB:x0.25)"
+    assert "mine: 2 of 3 genes of the signature are in the data" in said.err
+    signs = printed([*mine, "--dose", "-1", "--direction-only"], capsys)
+    assert str(signs.perturbation) == "mine@-1(ACTB:x2;GAPDH:x0.5)"
+    assert str(printed([*mine, "--padj-below", "0.05"], capsys).perturbation) == "mine@1(GAPDH:x2)"
+    assert str(printed([*mine, "--top", "1"], capsys).perturbation) == "mine@1(ACTB:x0.25)"
+    both = ["--signature", "interferon_gamma", "--signature", "tgf_beta_stimulation", "--dose", "1", "--dose", "2"]
+    parts = printed([*one, *both], capsys).perturbation.parts
+    assert [(part.name, part.dose) for part in parts] == [("interferon_gamma", 1.0), ("tgf_beta_stimulation", 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--dose", "1"], "--dose is given without --signature"),
+        (["--signature-file", "x.csv"], "--signature-file is given without --signature"),
+        (["--signature", "interferon_gama"], "did you mean interferon_gamma"),
+        (["--signature", "a", "--signature", "a"], "--signature names 'a' twice"),
+        (["--signature", "a", "--dose", "1", "--dose", "2"], "2 doses are given for 1 signatures"),
+        (["--signature", "interferon_gamma", "--dose", "9"], "The dose is 9.0"),
+        (["--signature", "interferon_gamma", "--top", "3"], "--top says how a signature file is read"),
+    ],
+)
+def test_a_signature_that_cannot_be_used_is_refused(command: list[str], more: list[str], message: str, capsys) -> None:
+    assert message in refusal([*command, "--cell", "cell-3", *more], capsys)
+
+
+def test_the_command_says_what_is_read_in_the_file(command: list[str], capsys) -> None:
+    recipe = printed([*command, "--cell", "cell-3", "--matrix", "X", "--gene-column", "index"], capsys)
+    assert (recipe.matrix, recipe.gene_column) == ("X", "index")
+    assert "none" in refusal([*command, "--cell", "cell-3", "--matrix", "none"], capsys)

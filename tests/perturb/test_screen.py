@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from ge2hist_core.__main__ import run_command
 from ge2hist_core.config import SampleConfig
-from ge2hist_core.data import write_cells
+from ge2hist_core.data import open_h5ad, write_cells
 from ge2hist_core.files import sha256_file
 from ge2hist_core.sampler import Stopped
 from ge2hist_core.types import BadInput, Cells
@@ -24,7 +27,7 @@ from perturb.cache import DiskCache
 from perturb.edits import Perturbation
 from perturb.matched import matched_edits
 from perturb.recipe import Recipe
-from perturb.run import Progress, run
+from perturb.run import Progress, cells_like, first_of_type, run
 from perturb.screen import (
     READOUTS,
     STAND_INS,
@@ -246,6 +249,9 @@ def test_signatures_can_be_screened(tiny_bundle, demo_cells: Cells) -> None:
         ({"keep": 0}, "keep is 0"),
         ({"first_seeds": (0,)}, "first_seeds has 1 seeds: give at least 2"),
         ({"further_seeds": (1, 2)}, "share a seed"),
+        ({"first_seeds": (0, 0, 1)}, "first_seeds cannot be drawn: seeds names 0 twice"),
+        ({"further_seeds": (2, 2**63)}, "further_seeds cannot be drawn: A seed is"),
+        ({"further_seeds": tuple(range(2, 5000))}, "further_seeds cannot be drawn: .* more than 4096 pictures"),
         ({"readout": "colour"}, "readout is 'colour': choose shift"),
         ({"readout": "spacing"}, "cannot be guessed without drawing"),
     ],
@@ -333,7 +339,16 @@ def test_readouts_that_arrived_are_not_drawn_again(
     ):
         part = list(on_cluster(client, str(tiny_folder), str(path), cache)(edits[:2]))
         assert len(list((tmp_path / "driver").rglob("*.json"))) == 2
-        whole = list(on_cluster(client, str(tiny_folder), str(path), cache)(edits))
+        seen: list[Progress] = []
+        whole = list(on_cluster(client, str(tiny_folder), str(path), cache, on_progress=seen.append)(edits))
+        assert [one.fraction for one in seen] == pytest.approx([0.4, 0.7, 1.0])
+        assert [one.text for one in seen] == [f"Drawn {one.perturbation}" for one in edits]
+        halves: list[float] = []
+        draw = on_cluster(
+            client, str(tiny_folder), str(path), cache, pictures=6, on_progress=lambda one: halves.append(one.fraction)
+        )
+        assert [len(list(draw(some))) for some in (edits[:1], edits[1:])] == [1, 2]
+        assert halves == pytest.approx([0.4, 0.7, 1.0])  # it goes on from one call to the next
     for before, after in zip(part, whole[:2], strict=True):
         pd.testing.assert_frame_equal(before, after)
     # The cluster is gone: what comes now was kept.
@@ -342,19 +357,85 @@ def test_readouts_that_arrived_are_not_drawn_again(
         pd.testing.assert_frame_equal(before, after)
 
 
+def test_the_command_screens_cells_of_a_type_and_says_how_a_file_is_read(
+    files: list[str], demo_cells: Cells, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.csv").write_text("gene,logFC,contrast\nGAPDH,3,A\nACTB,-0.5,A\nKRT8,2,B\nCD8A,0,B\n")
+    place = files.index("--cell")
+    command = [*files[:place], *files[place + 2 : files.index("--genes")], "--type", "Fibroblast", "--n-cells", "2"]
+    command += ["--signature-file", str(tmp_path / "mine.csv"), "--direction-only", "--top", "1"]
+    assert run_command("perturb", "", COMMANDS, [*command, "--out", str(tmp_path / "out")]) == 0
+    screen = Screen.from_dict(json.loads((tmp_path / "out" / "screen.json").read_text()))
+    assert [str(one) for one in screen.candidates] == ["A@1(GAPDH:x2)", "B@1(KRT8:x2)"]
+    with open_h5ad(tmp_path / "cells.h5ad") as source:
+        assert screen.recipe.cell_ids == cells_like(source, first_of_type(source, "Fibroblast"), 2)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seeds-first", "0,0,1"], "first_seeds cannot be drawn: seeds names 0 twice"),
+        (["--workers", "0"], "--workers is 0: give at least 1 process"),
+        (["--dose", "2"], "--dose is that of signatures"),
+        (["--direction-only"], "--direction-only says how a signature file is read"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused_before_the_ranking(
+    files: list[str], tmp_path: Path, capsys, more: list[str], message: str
+) -> None:
+    assert run_command("perturb", "", COMMANDS, [*files, "--out", str(tmp_path / "out"), *more]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Ranking" not in said and not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_cluster_gives_the_numbers_of_one_process_although_a_worker_is_killed(
     files: list[str], tmp_path: Path
 ) -> None:
-    from distributed import LocalCluster
+    from distributed import Client, LocalCluster
 
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        assert run_command("perturb", "", COMMANDS, [*files, "--out", str(tmp_path / "one")]) == 0
+        with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+            victim = next(iter(cluster.workers.values()))
+            timer = threading.Timer(4.0, os.kill, (victim.pid, signal.SIGKILL))
+            timer.start()
+            command = [*files, "--out", str(tmp_path / "two"), "--scheduler", cluster.scheduler_address]
+            assert run_command("perturb", "", COMMANDS, command) == 0
+            timer.join()
+            assert victim.pid != timer.args[0]  # killed, and started again
+        with (
+            LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+            Client(cluster) as client,
+        ):
+            address = cluster.scheduler_address
+            assert client.submit(torch.get_num_threads, pure=False).result() != before + 1
+            command = [*files, "--out", str(tmp_path / "three"), "--scheduler", address]
+            assert run_command("perturb", "", COMMANDS, command) == 0
+            assert client.submit(torch.get_num_threads, pure=False).result() == before + 1
+    finally:
+        torch.set_num_threads(before)
+    for name in ("guess.csv", "confirmed.csv"):
+        for other in ("two", "three"):
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / other / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_workers_of_this_machine_give_the_numbers_of_one_process_and_report_each_recipe(
+    files: list[str], tmp_path: Path, capsys
+) -> None:
     assert run_command("perturb", "", COMMANDS, [*files, "--out", str(tmp_path / "one")]) == 0
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        victim = next(iter(cluster.workers.values()))
-        timer = threading.Timer(4.0, os.kill, (victim.pid, signal.SIGKILL))
-        timer.start()
-        command = [*files, "--out", str(tmp_path / "two"), "--scheduler", cluster.scheduler_address]
-        assert run_command("perturb", "", COMMANDS, command) == 0
-        assert timer.finished.is_set() and victim.pid != timer.args[0]  # killed, and started again
+    capsys.readouterr()
+    done = subprocess.run(
+        [sys.executable, "-m", "perturb", *files, "--out", str(tmp_path / "two"), "--workers", "2"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    drawn = [line for line in done.stderr.splitlines() if "Drawn" in line]
+    assert len(drawn) == 3 and drawn[-1].startswith("100 %")  # two by the first seeds, the better one by the further
     for name in ("guess.csv", "confirmed.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

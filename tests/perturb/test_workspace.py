@@ -251,7 +251,11 @@ def test_the_command_line_writes_what_the_page_gives(
     saved = read_report(tmp_path / "out" / "2_recipe1")
     assert saved.recipe == two.on_shared_noise[1]
     assert "2_recipe1/" in archive.read("README.txt").decode()
-    assert str(tmp_path / "out" / "README.txt") in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "out" / "README.txt") in printed
+    (sentence,) = two.changed_for_noise
+    assert "recipe1 is drawn with " in sentence
+    assert sentence in printed.splitlines() and sentence in archive.read("README.txt").decode().splitlines()
 
 
 def test_a_name_cannot_leave_the_folder(workspace: Workspace, results: list[Result], demo_cells: Cells) -> None:
@@ -296,3 +300,27 @@ def test_the_command_line_takes_networks_that_are_given_lie_beside_or_are_the_tr
         found = compare._network(recipe, at_hand, str(tmp_path / "recipe.json"))
         assert found is not None and found.sha256 == network.sha256
     assert compare._network(PLAIN, at_hand, str(tmp_path / "recipe.json")) is None
+
+
+def test_networks_for_recipes_that_do_not_spread_are_refused(tmp_path: Path) -> None:
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(PLAIN.to_json())
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    said = [str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--out", "x", "--network", "net.csv"]
+    with pytest.raises(
+        BadInput, match="--network is of no use, as the edits of none of the recipes spread: leave it out"
+    ):
+        compare.main(parser.parse_args(said))
+
+
+def test_what_shared_noise_changes_is_said_for_each_scenario() -> None:
+    first = replace(PLAIN, seeds=(0, 1, 2))
+    other = replace(first, seeds=(0, 1, 7), sample=SampleConfig("ddim", 5, 2.0), encoder_seed=3)
+    workspace = Workspace((Scenario("a", first), Scenario("b\nB", other), Scenario("c", first)))
+    default = first.sample
+    assert workspace.changed_for_noise == (
+        f"The scenario b B is drawn with seeds 0-2 instead of 0-1,7, sampler {default.solver} with {default.steps} "
+        "steps and guidance 1 instead of ddim with 5 steps and guidance 2, encoder seed 0 instead of 3, as the first one is.",
+    )
+    assert Workspace().changed_for_noise == ()

@@ -408,6 +408,57 @@ def test_an_uploaded_signature_can_be_chosen_and_a_bad_one_is_one_sentence(setti
     assert address(at)["edit"] == "mine@1(GAPDH:x2.82843;ACTB:x0.25)"
 
 
+def test_how_an_uploaded_signature_is_read_can_be_changed(settings: pytest.MonkeyPatch) -> None:
+    at = start()
+    text = b"gene,logFC,padj\nGAPDH,0.5,0.01\nACTB,-2,0.3\nCD8A,0.1,0.001\n"
+    at.file_uploader(key="signatures 0").upload("mine.csv", text, "text/csv").run()
+
+    def added() -> str:
+        at.selectbox(key="signature").set_value("mine").run()
+        at.button(key="add signature").click().run()
+        assert not at.exception and not at.error
+        return address(at)["edit"]
+
+    at.number_input(key="signature padj").set_value(0.05).run()
+    assert added() == "mine@1(GAPDH:x1.41421;CD8A:x1.07177)"
+    at.number_input(key="signature top").set_value(1).run()
+    assert added() == "mine@1(GAPDH:x1.41421)"
+    at.segmented_control(key="signature base").set_value("10").run()
+    assert added() == f"mine@1(GAPDH:x{10**0.5:.6g})"
+    at.toggle(key="signature directions").set_value(True).run()
+    assert added() == "mine@1(GAPDH:x2)"
+    # What the file cannot be read by is one sentence, and the choices before stay.
+    at.number_input(key="signature padj").set_value(1e-9).run()
+    assert "no row with a gene and a change that passes" in texts(at) and not at.exception
+    assert at.number_input(key="signature padj").value == 0.05 and added() == "mine@1(GAPDH:x2)"
+
+
+def test_uploaded_signatures_can_be_screened(settings: pytest.MonkeyPatch) -> None:
+    at = start(address(start()) | {"steps": "1"})
+    table = b"gene,logFC,contrast\nGAPDH,1,A\nACTB,-2,A\nKRT8,2,B\nNOSUCHGENE,1,C\n"
+    at.switch_page("pages/screen.py").run()
+    at.segmented_control(key="candidates").set_value("Drug signatures").run()
+    assert "of 29 signatures act on genes" in texts(at)
+    at.file_uploader(key="signatures 0").upload("bad.csv", b"one line without any columns", "text/csv").run()
+    assert len(at.error) == 1 and not at.exception
+    at.file_uploader(key="signatures 0").upload("mine.csv", table, "text/csv").run()
+    assert not at.exception and not at.error and "2 of 3 signatures act on genes" in texts(at)
+    at.number_input(key="keep").set_value(2).run()
+    at.button(key="start screen").click().run()
+    (key,) = _ui.get_worker().keys
+    state = _ui.get_worker().wait(key, timeout=TIMEOUT)
+    assert state is not None and state.status == "done", state
+    at.run()
+    shown = {name for table in at.dataframe for name in table.value.iloc[:, 0]}
+    assert {"A@1(GAPDH:x2;ACTB:x0.25)", "B@1(KRT8:x4)"} <= shown
+    at.segmented_control(key="signatures of 2").set_value("The library").run()
+    assert "of 29 signatures act on genes" in texts(at) and not at.exception
+    # The file goes along to the Explore page, and what was uploaded there would come here.
+    at.switch_page("pages/explore.py").run()
+    at.selectbox(key="signature").set_value("B").run()
+    assert not at.exception and not at.error
+
+
 def test_changing_one_edit_leaves_repeated_edits_of_others_alone() -> None:
     before = Perturbation.parse("CD8A:x2,CD8A:x3,VEGFA:ko")
     assert str(with_edit(before, "MYC", Edit("MYC", "ko"))) == "CD8A:x2,CD8A:x3,VEGFA:ko,MYC:ko"
