@@ -825,6 +825,8 @@ def main(args: argparse.Namespace) -> None:
     from perturb.screen_report import headline, write_report
     from perturb.wording import Origin
 
+    if args.workers is not None and args.workers < 1:
+        raise BadInput(f"--workers is {args.workers}: give at least 1 process, or leave it out.")
     first, further = _parse_seeds(args.seeds_first), _parse_seeds(args.seeds_further)
     signatures = file_signatures(args)
     recipe, model, cells = asked_for(args, (0,))
@@ -863,8 +865,6 @@ def _local_client(workers: int, stack: ExitStack) -> Any:
     """A client of this machine's own cluster, which ends with ``stack``."""
     from distributed import Client, LocalCluster
 
-    if workers < 1:
-        raise BadInput(f"--workers is {workers}: give at least 1 process, or leave it out.")
     cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None)
     return Client(stack.enter_context(cluster))
 
