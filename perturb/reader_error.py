@@ -5,7 +5,8 @@ independently of each other (Owen 2007, doi:10.1214/07-AOAS122; levels expanded 
 in every resample the reader's errors are drawn anew as another judging would have counted them
 (:meth:`ge2hist_core.reader_error.ReaderError.draws`). Both arms share cells, seeds and errors, so that what the reader
 does to both alike cancels from the effect. The noise of reading a finite number of nuclei is already in the spread over
-pictures. Spacing is not corrected: it depends on *which* nuclei are missed.
+pictures. As everywhere, intervals allow for the next pairs to differ by half a nucleus where few do
+(:func:`perturb.stats.bootstrap_mean`). Spacing is not corrected: it depends on *which* nuclei are missed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 
 from ge2hist_core import rng
 from ge2hist_core.intervals import expanded_tail
@@ -78,6 +80,10 @@ def corrected_comparison(
         effects, fixed = _resampled(arms, error, area_mm2, seed, n_resamples)
         tail = expanded_tail(min(m for m in (n_cells, n_seeds) if m > 1), level)
         low, high = _quantiles(effects, tail), _quantiles(effects, 1 - tail)
+        if not np.array_equal(base, edited):
+            value, allowed = corrected[1] - corrected[0], _allowance(arms, area_mm2, level)
+            low = value - np.hypot(np.maximum(value - low, 0.0), allowed)
+            high = value + np.hypot(np.maximum(high - value, 0.0), allowed)
         variance = _variance(effects)
         unknown = np.clip(variance - _variance(fixed), 0.0, None)
         share = np.divide(unknown, variance, out=np.full(len(variance), np.nan), where=variance > 0)
@@ -101,6 +107,14 @@ def _readouts(counts: np.ndarray, area_mm2: float) -> np.ndarray:
     total = counts.sum(-1, keepdims=True)
     fraction = np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
     return np.concatenate([total / area_mm2, counts / area_mm2, fraction], axis=-1)
+
+
+def _allowance(arms: np.ndarray, area_mm2: float, level: float) -> np.ndarray:
+    """Half-width ``[readout]`` of what two further values half a nucleus about the mean add to an interval."""
+    k, pictures = arms.shape[-1], arms.shape[1] * arms.shape[2]
+    nuclei = float(arms.sum(axis=-1).mean())
+    step = np.array([1.0 / area_mm2] * (1 + k) + [1.0 / nuclei if nuclei else 0.0] * k)
+    return norm.ppf((1 + level) / 2) * step / (np.sqrt(2) * pictures)
 
 
 def _resampled(

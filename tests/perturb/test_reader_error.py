@@ -109,3 +109,18 @@ def test_arms_of_other_shapes_are_refused() -> None:
         corrected_comparison(np.zeros((1, 2, 2)), np.zeros((1, 3, 2)), judged(9), AREA, 0)
     with pytest.raises(ValueError, match=r"counts \[cell, seed, 2\]"):
         corrected_comparison(np.zeros((1, 2, 3)), np.zeros((1, 2, 3)), judged(9), AREA, 0)
+
+
+def test_a_type_that_no_pair_differs_in_may_differ_in_the_next_where_others_do() -> None:
+    base = np.full((1, 16, 2), 10.0)
+    edited = base.copy()
+    edited[0, 3, 0] = 11.0
+    exact = ReaderError(CLASSES, np.eye(2, 3) * 1e9, np.zeros(2), 1.0)
+    table = corrected_comparison(base, edited, exact, AREA, 0).set_index("readout")
+    still = table.loc["density:B"]
+    # Two further values half a nucleus about the mean.
+    half = 1.96 / AREA / (np.sqrt(2) * 16)
+    assert still["effect"] == pytest.approx(0, abs=0.1)
+    assert (-still["low"], still["high"]) == pytest.approx((half, half), rel=0.02)
+    nothing = corrected_comparison(base, base, exact, AREA, 0)
+    assert nothing[["effect", "low", "high"]].abs().to_numpy().max() < 0.1
