@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import pickle
 import re
 import zipfile
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ge2hist_core import rng
-from ge2hist_core.files import sha256_file
+from ge2hist_core.files import parse_json, sha256_file
 from ge2hist_core.types import BadInput, Cells
 
 __all__ = [
@@ -499,10 +498,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path} is not readable JSON ({error}): copy the file again.") from error
+    value = parse_json(path.read_bytes(), str(path), "copy the file again")
     if not isinstance(value, dict):
         raise BadInput(f"{path} holds a {type(value).__name__}, not an object: use the checkpoint's own file.")
     return value

@@ -1,10 +1,11 @@
-"""Writing files so that a reader never meets half of one."""
+"""Writing files so that a reader never meets half of one, and reading JSON and tables that may be damaged."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -12,7 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "atomic_path", "sha256_file", "write_json"]
+from ge2hist_core.types import BadInput
+
+__all__ = ["atomic_folder", "atomic_path", "parse_json", "separator_line", "sha256_file", "write_json"]
+
+MAX_DEPTH = 50
+"""Brackets within brackets in JSON, many times what any file of GE2Hist has. Python's own limit depends on the caller,
+and what is nested almost as deep cannot be printed in a message."""
 
 
 @contextmanager
@@ -52,6 +59,49 @@ def write_json(path: str | Path, value: Any) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def parse_json(text: str | bytes, what: str, cure: str) -> Any:
+    """The value of a JSON text that a user may have given.
+
+    Parameters
+    ----------
+    text: characters, or bytes in UTF-8, UTF-16 or UTF-32.
+    what, cure: begin and end of the sentence that refuses the text, such as "The recipe" and "give a recipe.json".
+
+    Raises
+    ------
+    BadInput: not JSON, nested more than 50 deep, or a whole number of more than 4300 digits.
+    """
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{what} is not valid JSON ({error}): {cure}.") from None
+    except ValueError:  # Python refuses to convert so many digits
+        raise BadInput(f"{what} has a whole number of thousands of digits: {cure}.") from None
+    except RecursionError:
+        value = None
+        depth = MAX_DEPTH + 1
+    else:
+        depth = _depth(value)
+    if depth > MAX_DEPTH:
+        raise BadInput(f"{what} is nested more than {MAX_DEPTH} deep: {cure}.")
+    return value
+
+
+def _depth(value: Any) -> int:
+    """Lists and dicts within each other, counted as far as one beyond the limit."""
+    depth, level = 0, [value]
+    while (level := [node for node in level if isinstance(node, list | dict)]) and depth <= MAX_DEPTH:
+        depth += 1
+        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
+    return depth
+
+
+def separator_line(line: str) -> str | None:
+    """The separator that a table's first line states, as ``sep=;`` does for Excel; None for any other line."""
+    stated = re.fullmatch(r'"?sep=([,;|\t])"?\s*', line, re.IGNORECASE)
+    return stated and stated[1]
 
 
 def sha256_file(path: str | Path) -> str:

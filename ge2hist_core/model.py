@@ -33,7 +33,7 @@ from ge2hist_core import rng
 from ge2hist_core.autoencoder import TileAutoencoder
 from ge2hist_core.config import VISIBLE_CLASS, ModelConfig, SampleConfig, from_json, to_json
 from ge2hist_core.denoiser import Denoiser, Guided
-from ge2hist_core.files import atomic_folder, atomic_path, sha256_file, write_json
+from ge2hist_core.files import atomic_folder, atomic_path, parse_json, sha256_file, write_json
 from ge2hist_core.sampler import sample
 from ge2hist_core.support import Support
 from ge2hist_core.types import BadInput, Cells, Latent
@@ -164,10 +164,7 @@ class GE2Hist:
     def scgpt_report(self) -> dict[str, Any] | None:
         """What the encoder was pre-trained on, None for published checkpoints, which do not say it by donor."""
         path = self.scgpt_folder / "pretraining.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8")).get("learned_from") if path.is_file() else None
-        except ValueError as error:
-            raise BadInput(f"{path} is not valid JSON ({error}): copy it again.") from error
+        return parse_json(path.read_bytes(), str(path), "copy it again").get("learned_from") if path.is_file() else None
 
     # --- expression to state ---------------------------------------------------------------------------------
 

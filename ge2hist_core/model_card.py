@@ -10,7 +10,7 @@ from typing import Any
 
 from ge2hist_core.config import PRESETS, TrainConfig, to_json
 from ge2hist_core.evaluation.report import section_markdown, sections
-from ge2hist_core.files import atomic_path
+from ge2hist_core.files import atomic_path, parse_json
 from ge2hist_core.types import BadInput
 
 __all__ = ["add_arguments", "main", "model_card"]
@@ -38,10 +38,7 @@ def main(args: argparse.Namespace) -> None:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path} is not valid JSON ({error}): write it again with its command.") from error
+    return parse_json(path.read_bytes(), str(path), "write it again with its command")
 
 
 def model_card(bundle: Path) -> str:

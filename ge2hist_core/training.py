@@ -70,7 +70,7 @@ from ge2hist_core import rng
 from ge2hist_core.autoencoder import TileAutoencoder, autoencoder_loss, from_uint8, psnr
 from ge2hist_core.config import CELL_TYPES, PRESETS, ModelConfig, Preset, TrainConfig, from_json, to_json
 from ge2hist_core.denoiser import Denoiser
-from ge2hist_core.files import atomic_path, write_json
+from ge2hist_core.files import atomic_path, parse_json, write_json
 from ge2hist_core.loader import ahead, share
 from ge2hist_core.model import GE2Hist
 from ge2hist_core.sampler import alphas_cumprod
@@ -1038,9 +1038,10 @@ def preset_of(args: argparse.Namespace) -> Preset:
     preset, changes = PRESETS[args.preset], {}
     if args.config is not None:
         try:
-            changes = json.loads(args.config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{args.config} cannot be read as JSON ({error}): see --config in --help.") from error
+            content = args.config.read_bytes()
+        except OSError as error:
+            raise BadInput(f"{args.config} cannot be read ({error}): see --config in --help.") from error
+        changes = parse_json(content, str(args.config), "see --config in --help")
         if not isinstance(changes, dict) or not all(isinstance(part, dict) for part in changes.values()):
             raise BadInput(f'{args.config} must hold {{"model": {{...}}, "train": {{...}}}}.')
         if unknown := sorted(set(changes) - {"model", "train"}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-__all__ = ["BadInput", "Cells", "Latent", "Niche", "NicheStats", "NUCLEI_COLUMNS"]
+__all__ = ["NUCLEI_COLUMNS", "BadInput", "Cells", "Latent", "Niche", "NicheStats", "check_sha256", "check_text"]
 
 NUCLEI_COLUMNS = ("x_um", "y_um", "area_um2", "cell_type", "probability")
 """Columns of every nuclei table. ``x_um`` runs right and ``y_um`` down from the picture's top left corner."""
@@ -20,6 +21,35 @@ class BadInput(ValueError):
 
     The command line prints it and exits with 2; the app shows it as it is.
     """
+
+
+_HALF_PAIR = re.compile(r"[\ud800-\udfff]")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def check_text(field: str, value: object) -> None:
+    """Refuse what is no text, and half of a surrogate pair: JSON can spell it, but no file can hold it.
+
+    Raises
+    ------
+    BadInput: such a value; the sentence begins with ``field``.
+    """
+    if not isinstance(value, str):
+        raise BadInput(f"{field} is {value!r:.80}: give text.")
+    if half := _HALF_PAIR.search(value):
+        near = ascii(value[max(0, half.start() - 20) : half.end() + 20])
+        raise BadInput(f"{field} holds {near}: half of a surrogate pair is no text, leave it out.")
+
+
+def check_sha256(field: str, value: object) -> None:
+    """Refuse what is not the SHA-256 of something.
+
+    Raises
+    ------
+    BadInput: not 64 hexadecimal digits in lower case; the sentence begins with ``field``.
+    """
+    if not (isinstance(value, str) and _SHA256.fullmatch(value)):
+        raise BadInput(f"{field} is {value!r:.80}: give the 64 hexadecimal digits of a SHA-256.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -117,7 +117,7 @@ class DiskCache:
             os.utime(path)
         except OSError:  # not there, or not to be opened just now
             return None
-        except ValueError:
+        except (ValueError, RecursionError):
             path.unlink(missing_ok=True)
             return None
         return value

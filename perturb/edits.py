@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from ge2hist_core.types import BadInput, Cells
+from ge2hist_core.types import BadInput, Cells, check_text
 
 __all__ = ["MAX_COUNT", "MAX_FACTOR", "MIN_REFERENCE", "Edit", "EditSet", "Perturbation", "nearest_genes"]
 
@@ -69,15 +69,13 @@ class Edit:
     def __post_init__(self) -> None:
         if not isinstance(self.gene, str) or not self.gene.strip():
             raise BadInput(f"An edit names no gene: write {FORMS}.")
+        check_text("The gene of an edit", self.gene)
         if self.kind not in _LIMITS:
             raise BadInput(f"The edit of {self.gene} has kind {self.kind!r}: choose {', '.join(_LIMITS)}.")
-        try:
-            amount = float(self.amount)
-        except (TypeError, ValueError):
-            amount = math.nan
+        amount = _as_float(self.amount)
         if not 0 <= amount <= _LIMITS[self.kind]:
             raise BadInput(
-                f"The edit of {self.gene} has amount {self.amount!r}: "
+                f"The edit of {self.gene} has amount {self.amount!r:.40}: "
                 f"for {self.kind} choose a number from 0 to {_LIMITS[self.kind]:g}."
             )
         object.__setattr__(self, "amount", amount + 0.0)  # -0.0 -> 0.0, so that equal edits print alike
@@ -117,6 +115,14 @@ class Edit:
         return np.full_like(counts, self.amount)
 
 
+def _as_float(value: object) -> float:
+    """NaN for what is no number, or a whole number beyond the largest float."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def _quote(name: str) -> str:
     return _RESERVED.sub(lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), name)
 
@@ -149,11 +155,13 @@ class EditSet:
         object.__setattr__(self, "edits", tuple(self.edits))
         if not isinstance(self.name, str) or not self.name.strip():
             raise BadInput("A set of edits has no name: write NAME(GENE:x2;GENE:ko).")
+        check_text("The name of a set of edits", self.name)
         if not self.edits or not all(isinstance(edit, Edit) for edit in self.edits):
             raise BadInput(f"The set {self.name} holds no edit: write NAME(GENE:x2;GENE:ko).")
         if self.dose is not None:
-            if isinstance(self.dose, bool) or not isinstance(self.dose, int | float) or not math.isfinite(self.dose):
-                raise BadInput(f"The dose of {self.name} is {self.dose!r}: give a number.")
+            number = isinstance(self.dose, int | float) and not isinstance(self.dose, bool)
+            if not number or not math.isfinite(_as_float(self.dose)):
+                raise BadInput(f"The dose of {self.name} is {self.dose!r:.40}: give a number.")
             object.__setattr__(self, "dose", float(self.dose) + 0.0)
 
     def __str__(self) -> str:

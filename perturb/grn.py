@@ -40,8 +40,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from ge2hist_core.files import sha256_file
-from ge2hist_core.types import BadInput, Cells
+from ge2hist_core.files import parse_json, separator_line, sha256_file
+from ge2hist_core.types import BadInput, Cells, check_sha256, check_text
 
 # rng and stats draw on torch and scipy.stats; they are imported where they are used, so that a recipe opens fast.
 
@@ -96,7 +96,10 @@ of the edges as they were, 50 trades leave 4 %; in one of 2,000 edges they leave
 ROLES = {"source": ("source", "tf", "regulator"), "target": ("target",), "weight": ("weight", "mor")}
 """Columns of a long table. ``mor`` (mode of regulation) is DoRothEA's own name for the signed weight."""
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_TAMED = re.compile(r"^'(?=[=+\-@\uff1d\uff0b\uff0d\uff20])")
+"""What :func:`perturb.page.csv_bytes` puts before a name that a spreadsheet would take for a formula."""
+_NO_NAME = re.compile(rf"[\x00-\x1f\x7f\ud800-\udfff]|{_TAMED.pattern}")
+"""What no gene's name has. An apostrophe before a formula would not come back from a table."""
 _TEXT_COLUMNS = {*ROLES["source"], *ROLES["target"], "confidence", "peak_id", "gene_short_name", ""}
 _ROW_CHUNK = 4096
 _BLOCK_VALUES = 2_000_000
@@ -121,8 +124,9 @@ class Network:
     Raises
     ------
     ValueError: arrays of different length.
-    BadInput: an edge without gene, with a weight that is 0, not finite or above 1e6, an edge given twice, a scale that
-        is not a positive number.
+    BadInput: an edge without gene, or with one whose name has a control character, half of a surrogate pair or an
+        apostrophe before =, +, - or @; a weight that is 0, not finite or above 1e6; an edge given twice; a scale that
+        is not a positive number; a name or source that is no text.
     """
 
     regulators: np.ndarray
@@ -140,6 +144,10 @@ class Network:
         if not ends[0].shape == ends[1].shape == weights.shape == (len(weights),):
             raise ValueError(f"edges have shapes {ends[0].shape}, {ends[1].shape}, {weights.shape}")
         _check_number("scale", self.scale, 1e-6, 1e9)
+        check_text("The name of a network", self.name)
+        check_text("The source of a network", self.source)
+        if not isinstance(self.signed, bool):
+            raise BadInput(f"signed is {self.signed!r:.40}: give true or false.")
         loops = ends[0] == ends[1]
         order = np.lexsort((ends[1], ends[0]))
         order = order[~loops[order]]
@@ -212,7 +220,7 @@ def unpack_network(packed: dict[str, Any]) -> Network:
         return Network(first, second, weights, packed["name"], packed["source"], packed["scale"], packed["signed"])
     except BadInput:
         raise
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise BadInput(f"The stored network is damaged ({error}): open its table again.") from None
 
 
@@ -221,6 +229,14 @@ def _check_edges(regulators: np.ndarray, targets: np.ndarray, weights: np.ndarra
     if len(blank):
         i = blank[0]
         raise BadInput(f"The edge '{regulators[i]}' -> '{targets[i]}' lacks a gene: name both or leave it out.")
+    odd = next(
+        (i for i, ends in enumerate(zip(regulators, targets, strict=True)) if any(map(_NO_NAME.search, ends))), None
+    )
+    if odd is not None:
+        raise BadInput(
+            f"The edge {ascii(regulators[odd])} -> {ascii(targets[odd])} has a gene that is no name: leave out control "
+            "characters, halves of surrogate pairs and an apostrophe before =, +, - or @."
+        )
     bad = np.flatnonzero(~((np.abs(weights) <= MAX_WEIGHT) & (weights != 0)))
     if len(bad):
         i = bad[0]
@@ -271,10 +287,10 @@ class Propagation:
     control: bool = False
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.network_sha256, str) and _SHA256.fullmatch(self.network_sha256)):
-            raise BadInput(f"network_sha256 is {self.network_sha256!r}: give the 64 hexadecimal digits of a SHA-256.")
+        check_sha256("network_sha256", self.network_sha256)
         if not isinstance(self.network_name, str) or not self.network_name.strip():
             raise BadInput(f"network_name is {self.network_name!r}: give the network a name.")
+        check_text("network_name", self.network_name)
         _check_steps(self.steps)
         if not isinstance(self.control, bool):
             raise BadInput(f"control is {self.control!r}: give true or false.")
@@ -290,7 +306,7 @@ def _check_steps(steps: int) -> None:
 def _checked_quantiles(quantiles: tuple[float, float]) -> tuple[float, float]:
     try:
         low, high = (float(value) for value in quantiles)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         low, high = math.nan, math.nan
     if not 0 <= low <= high <= 1:
         raise BadInput(f"quantiles is {quantiles!r}: give a lower and an upper one from 0 to 1.")
@@ -787,7 +803,8 @@ def read_network(
 
     - Long table, comma, tab or semicolon between columns, or parquet: one edge per row in columns ``source`` (or
       ``tf``), ``target`` and ``weight`` (or ``mor``), as decoupler gives CollecTRI (doi:10.1093/nar/gkad841) and
-      DoRothEA (doi:10.1101/gr.240663.118).
+      DoRothEA (doi:10.1101/gr.240663.118). Excel's line ``sep=;`` may stand first. The apostrophe that keeps a
+      spreadsheet from taking a gene for a formula is taken off.
       A column ``scale`` (one number, counts per cell after normalisation) belongs to fitted weights.
     - ``network.json`` of a report (:func:`pack_network`).
     - CellOracle's base GRN, text or parquet: one row per peak, columns ``peak_id``, ``gene_short_name`` and one of 0
@@ -833,11 +850,7 @@ def read_network(
 
 
 def _packed(content: bytes, file: str) -> Network:
-    try:
-        packed = json.loads(content)
-    except ValueError as error:
-        raise BadInput(f"{file} is neither a table nor JSON ({error}): give source, target and weight.") from None
-    return unpack_network(packed)
+    return unpack_network(parse_json(content, f"{file} is no table and", "give source, target and weight"))
 
 
 def _content(path: Path, max_bytes: int) -> bytes:
@@ -863,8 +876,12 @@ def _parquet_frames(content: bytes) -> Iterator[pd.DataFrame]:
 
 
 def _text_frames(content: bytes) -> Iterator[pd.DataFrame]:
-    header = io.BytesIO(content).readline().decode("utf-8-sig").rstrip("\r\n")
-    separator = max("\t,;", key=header.count)
+    lines = io.BytesIO(content)
+    header = lines.readline().decode("utf-8-sig").rstrip("\r\n")
+    stated = separator_line(header)
+    if stated:
+        header = lines.readline().decode("utf-8").rstrip("\r\n")
+    separator = stated or max("\t,;", key=header.count)
     columns = next(csv.reader([header], delimiter=separator), [])
     if not columns:
         return
@@ -873,6 +890,7 @@ def _text_frames(content: bytes) -> Iterator[pd.DataFrame]:
     with pd.read_csv(
         io.BytesIO(content),
         sep=separator,
+        skiprows=1 if stated else 0,
         dtype=text,
         keep_default_na=False,
         encoding="utf-8-sig",
@@ -903,7 +921,10 @@ def _long_edges(
     kept = _of_confidence(table, file, confidence)
     if not kept.any():
         raise BadInput(f"{file} holds no edge: give at least one row of source, target and weight.")
-    ends = [picked[role].fillna("").astype(str).str.strip()[kept] for role in ("source", "target")]
+    ends = [
+        picked[role].fillna("").astype(str).str.strip().str.replace(_TAMED, "", regex=True)[kept]
+        for role in ("source", "target")
+    ]
     for role, end in zip(("source", "target"), ends, strict=True):
         if (end == "").any():
             raise BadInput(f"Row {end.index[end == ''][0] + 1} of {file} has no {role}: name a gene or leave it out.")

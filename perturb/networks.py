@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ge2hist_core import rng
-from ge2hist_core.files import atomic_path, write_json
+from ge2hist_core.files import atomic_path, parse_json, write_json
 from ge2hist_core.types import BadInput
 from perturb.grn import Network, fit_network, pack_network, read_network, unpack_network
 
@@ -207,9 +207,10 @@ def kept_networks(folder: Path) -> list[Network]:
 
 def _read(path: Path) -> Network:
     try:
-        return unpack_network(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise BadInput(f"The kept network {path.stem[:12]} cannot be read ({error}): open its table again.") from None
+    return unpack_network(parse_json(content, f"The kept network {path.stem[:12]}", "open its table again"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -225,7 +226,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--cell-type", help="fit to the cells of this type alone")
     truth = kinds.add_parser("known-truth", help="write the edges that the simulated tissue is made with")
     for one in (fit, truth):
-        one.add_argument("--out", required=True, help="CSV to write: source, target, weight")
+        one.add_argument("--out", required=True, help="CSV to write: source, target, weight, scale")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -236,6 +237,7 @@ def main(args: argparse.Namespace) -> None:
     BadInput: a table or h5ad that cannot be used.
     """
     from ge2hist_core.data import open_cells
+    from perturb.page import csv_bytes
     from perturb.run import print_progress
 
     if args.what == "show":
@@ -250,7 +252,7 @@ def main(args: argparse.Namespace) -> None:
             )
     if args.what != "show":
         with atomic_path(Path(args.out)) as temporary:
-            network.table().to_csv(temporary, index=False, lineterminator="\n")
+            temporary.write_bytes(csv_bytes(network.table()))
     positive = int((network.weights > 0).sum())
     signs = f"{positive} positive, {len(network) - positive} negative" if network.signed else "without signs"
     print(f"{network.name}: {len(network)} edges ({signs}) from {len(set(network.regulators))} regulators")

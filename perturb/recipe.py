@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from ge2hist_core.config import SampleConfig, from_json, to_json
-from ge2hist_core.types import BadInput
+from ge2hist_core.files import parse_json
+from ge2hist_core.types import BadInput, check_sha256, check_text
 from perturb.edits import Edit, EditSet, Perturbation
 from perturb.grn import DEFAULT_STEPS, Network, Propagation, read_network
 
@@ -36,7 +37,6 @@ DRAFT_STEPS = 50
 MAX_PICTURES = 4096
 """Cells times seeds in one arm."""
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHORT = 12
 """Characters of a SHA-256 that a URL carries: enough to notice other data, 48 bits."""
 
@@ -78,14 +78,13 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_schema(self.schema)
         for name in ("data_sha256", "model_sha256"):
-            if not (isinstance(getattr(self, name), str) and _SHA256.fullmatch(getattr(self, name))):
-                raise BadInput(f"{name} is {getattr(self, name)!r}: give the 64 hexadecimal digits of a SHA-256.")
+            check_sha256(name, getattr(self, name))
         for name, kind in (("cell_ids", str), ("seeds", int)):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not value or not all(type(part) is kind for part in value):
                 raise BadInput(f"{name} is {value!r}: give at least one {'name' if kind is str else 'whole number'}.")
-            if any(isinstance(part, str) and re.search(r"[\ud800-\udfff]", part) for part in value):
-                raise BadInput(f"{name} holds {ascii(value)[:80]}: half of a surrogate pair is no text, leave it out.")
+            if kind is str:
+                check_text(name, "\n".join(value))
             if len(set(value)) != len(value):
                 raise BadInput(f"{name} names {_first_repeated(value)!r} twice: leave one out.")
         for seed in (*self.seeds, self.encoder_seed):
@@ -96,6 +95,7 @@ class Recipe:
         for name in ("matrix", "gene_column"):
             if not isinstance(getattr(self, name), str | None) or getattr(self, name) == "":
                 raise BadInput(f"{name} is {getattr(self, name)!r}: give a name or leave it out.")
+            check_text(name, getattr(self, name) or "")
         # 1 and 1.0 are the same guidance and must hash alike.
         object.__setattr__(self, "sample", replace(self.sample, guidance=float(self.sample.guidance)))
         if len(self.cell_ids) * len(self.seeds) > MAX_PICTURES:
@@ -155,10 +155,7 @@ class Recipe:
         ------
         BadInput: not JSON, another schema, an unknown, missing or malformed field.
         """
-        try:
-            value = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise BadInput(f"The recipe is not JSON ({error}): give a recipe.json that GE2Hist wrote.") from None
+        value = parse_json(text, "The recipe", "give a recipe.json that GE2Hist wrote")
         if not isinstance(value, dict) or "schema" not in value:
             raise BadInput("The recipe has no field 'schema': give a recipe.json that GE2Hist wrote.")
         _check_schema(value["schema"])
@@ -191,9 +188,10 @@ class Recipe:
         BadInput: no such file, or not a recipe.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
             raise BadInput(f"Cannot read the recipe {path}: {error}.") from None
+        return cls.from_json(text)
 
     def to_query(self) -> dict[str, str]:
         """Short form for a URL; what equals its default stays out. Data and model appear as 12 digits of their hash."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ge2hist_core.files import parse_json
 from ge2hist_core.types import BadInput, Cells
 from perturb.grn import Network, unpack_network
 from perturb.page import csv_bytes
@@ -138,16 +139,18 @@ def parse_report(content: bytes, name: str) -> SavedReport:
         )
         if found is None:
             raise BadInput(f"{name} is no report of GE2Hist: {CURE}.")
-        return _of_page(json.loads(found[1]))
+        return _of_page(parse_json(found[1], f"The data in {name}", CURE))
 
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
     """Turn what a damaged report raises into one sentence; an archive raises half a dozen classes."""
     archive = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
-    text = (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError)
+    text = (ValueError, KeyError, TypeError, AttributeError)
     try:
         yield
+    except BadInput:
+        raise
     except (OSError, *archive, *text) as error:
         raise BadInput(f"Cannot read the report {name} ({error}): {CURE}.") from None
 
@@ -183,7 +186,7 @@ def _zip_part(archive: zipfile.ZipFile) -> Part:
 
 def _of_files(read: Part, name: str) -> SavedReport:
     """A report in files."""
-    provenance = json.loads(read("provenance.json") or b"{}")
+    provenance = parse_json(read("provenance.json") or b"{}", "provenance.json", CURE)
     recipe, screen = read("recipe.json"), read("screen.json")
     if recipe is None and screen is None:
         raise BadInput(f"{name} holds neither recipe.json nor screen.json: {CURE}.")
@@ -192,10 +195,10 @@ def _of_files(read: Part, name: str) -> SavedReport:
     if recipe is not None:
         what = Recipe.from_json(recipe.decode())
     else:
-        what = Screen.from_dict(json.loads(screen or b""))
+        what = Screen.from_dict(parse_json(screen or b"", "screen.json", CURE))
         _whole(provenance.get("complete"))
     network = read("network.json")
-    packed = None if network is None else json.loads(network)
+    packed = None if network is None else parse_json(network, "network.json", CURE)
     return _saved(what, tables, provenance, packed)
 
 

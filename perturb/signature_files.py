@@ -5,16 +5,21 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import math
 import re
 import zlib
+from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from ge2hist_core.files import separator_line
 from ge2hist_core.types import BadInput
 from perturb.edits import nearest_genes
 from perturb.signatures import Signature, listed
@@ -22,6 +27,12 @@ from perturb.signatures import Signature, listed
 __all__ = ["MAX_BYTES", "MAX_SIGNATURES", "read_signatures"]
 
 MAX_BYTES = 100_000_000
+"""Of a file. GCTX and h5ad are read by the parts that are asked for, text is read whole."""
+MAX_TEXT_BYTES = 50_000_000
+"""Gene sets and GCT. All sets of MSigDB and the largest libraries of Enrichr have up to some 30 MB."""
+MAX_TABLE_BYTES = 25_000_000
+"""A table of differential expression has about 100 bytes for each gene: twelve full transcriptomes of 20,000 genes.
+Short rows, the most genes for their size, are read in seconds up to here."""
 MAX_SIGNATURES = 50_000
 """More than the largest Enrichr library holds (33,132 LINCS terms)."""
 
@@ -93,6 +104,7 @@ def read_signatures(
       ``LJP005_A375_24H-afatinib-10`` name cell line, hours, drug and uM.
     - **CSV, TSV** with a header: gene and log2 fold change, optionally adjusted p-value and the name of one of several
       signatures, as DESeq2, limma, edgeR, Seurat, scanpy and pertpy write them; or gene and z-score; or gene and sign.
+      Excel's line ``sep=;`` may stand first.
     - **GCT** 1.2 and 1.3, **GCTX**: one signature per column, symbols from the row metadata.
     - **h5ad** with scanpy's ``uns["rank_genes_groups"]``: one signature per group.
 
@@ -103,7 +115,8 @@ def read_signatures(
     ----------
     names: only these signatures, in this order.
     limit: most signatures that are read without ``names``.
-    max_bytes: largest file, unpacked; of a matrix also the largest part that is read.
+    max_bytes: largest file, unpacked; of a matrix also the largest part that is read. Text has limits of its own
+        below it: 50 MB for gene sets and GCT, 25 MB for tables.
     padj_below: only genes with a smaller adjusted p-value.
     base: of the logarithm that the fold changes have: 2, or e or 10 for natural or decadic ones (Seurat before 4).
     z_cutoff: least |z| of a gene whose direction is used.
@@ -122,17 +135,20 @@ def read_signatures(
     options = _Options(names, limit, max_bytes, padj_below, base, z_cutoff, z_scale)
     try:
         size, head = path.stat().st_size, _head(path)
-    except OSError as error:
-        raise BadInput(f"{path.name} cannot be read ({error.strerror}): choose another file.") from None
+    except (OSError, ValueError) as error:  # ValueError: no path at all
+        why = getattr(error, "strerror", None) or error
+        raise BadInput(f"{path.name} cannot be read ({why}): choose another file.") from None
     if size > max_bytes:
         raise _too_large(path, size, max_bytes)
     if head == HDF5_MAGIC:
         return _kept(_read_hdf5(path, options), path, options)
-    text = _text(path, max_bytes)
+    text = _text(path, min(max_bytes, MAX_TEXT_BYTES))
     if re.match(r"#1\.[23]\s", text):
         return _kept(_read_gct(text, path, options), path, options)
     if _looks_like_gmt(text, path):
         return _read_gmt(text, path, options)
+    if len(text) > MAX_TABLE_BYTES:
+        raise _too_large(path, len(text), MAX_TABLE_BYTES, "a table")
     return _kept(_read_table(text, path, options), path, options)
 
 
@@ -150,16 +166,18 @@ def _head(path: Path) -> bytes:
         return handle.read(8)
 
 
-def _too_large(path: Path, size: int, max_bytes: int) -> BadInput:
+def _too_large(path: Path, size: int, max_bytes: int, what: str = "") -> BadInput:
     return BadInput(
-        f"{path.name} holds {size / 1e6:,.1f} MB, more than the limit of {max_bytes / 1e6:,.1f} MB: "
-        "choose fewer signatures or a smaller file."
+        f"{path.name} holds {size / 1e6:,.1f} MB, more than the limit of {max_bytes / 1e6:,.1f} MB"
+        f"{' for ' * bool(what)}{what}: choose fewer signatures or a smaller file."
     )
 
 
 def _text(path: Path, max_bytes: int) -> str:
     """Unpacked, decoded text with ``\\n`` line ends."""
     data = path.read_bytes()
+    if len(data) > max_bytes:
+        raise _too_large(path, len(data), max_bytes, "text")
     if data.startswith(GZIP_MAGIC):
         try:
             with gzip.open(io.BytesIO(data)) as handle:
@@ -167,7 +185,7 @@ def _text(path: Path, max_bytes: int) -> str:
         except (OSError, EOFError, zlib.error):
             raise BadInput(f"{path.name} is a damaged gzip file: fetch it again.") from None
         if len(data) > max_bytes:
-            raise _too_large(path, len(data), max_bytes)
+            raise _too_large(path, len(data), max_bytes, "text")
     if data.startswith(HDF5_MAGIC):
         raise BadInput(f"{path.name} is a packed HDF5 file: unpack it first.")
     if data.startswith(ZIP_MAGIC):
@@ -244,6 +262,8 @@ def _gmt_line(line: str, number: int, path: Path) -> tuple[str, str, dict[str, f
         raise BadInput(
             f"Line {number} of {path.name} is no gene set: write a name, a description and genes, separated by tabs."
         )
+    if "," not in line:
+        return name, rest[0], dict.fromkeys(genes, 1.0)
     weights: dict[str, float] = {}
     for field in genes:
         gene, _, weight = field.rpartition(",")
@@ -291,6 +311,8 @@ def _as_float(text: str) -> float:
 # ---------------------------------- tables
 
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
+_STATED = _SEPARATORS | {"|": "vertical bars"}
+"""With what a line ``sep=`` may state."""
 
 _ROLES = {
     "gene": (
@@ -325,10 +347,10 @@ def _roles(header: Sequence[str]) -> dict[str, int]:
     return {role: column for role, column in found.items() if column is not None}
 
 
-def _header(lines: Sequence[str], path: Path) -> tuple[str, list[str]]:
+def _header(lines: Sequence[str], path: Path, stated: str | None) -> tuple[str, list[str]]:
     """Separator and column names of a table's first two lines, with "" for row names that R left without one."""
     headers = {}
-    for separator in _SEPARATORS:
+    for separator in (stated,) if stated else _SEPARATORS:
         try:
             header, *second = csv.reader(lines, delimiter=separator)
         except csv.Error:  # a field of 131,072 characters or more, or a quotation mark that never ends
@@ -348,21 +370,26 @@ def _header(lines: Sequence[str], path: Path) -> tuple[str, list[str]]:
         )
     lacking = "genes" if "gene" not in _roles(widest) else "log2 fold changes"
     raise BadInput(
-        f"{path.name}, read with {_SEPARATORS[separator]} as separators, has no column of {lacking} among "
+        f"{path.name}, read with {_STATED[separator]} as separators, has no column of {lacking} among "
         f"{listed(widest, 8)}: name the columns gene and log2FoldChange."
     )
 
 
 def _read_table(text: str, path: Path, options: _Options) -> Iterator[Signature | None]:
-    lines = text.split("\n")
-    start = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")), None)
-    if start is None:
+    lines = enumerate(io.StringIO(text, newline="\n"), 1)  # does not hold all lines at once
+    content = ((number, line) for number, line in lines if line.strip() and not line.startswith("#"))
+    number, first = next(content, (0, ""))
+    if stated := separator_line(first):
+        number, first = next(content, (0, ""))
+    if not first:
         raise BadInput(f"{path.name} holds comments alone: choose a file with genes.")
-    separator, header = _header(lines[start : start + 2], path)
+    second = [line for _, line in itertools.islice(lines, 1)]
+    separator, header = _header([first, *second], path, stated)
     roles = _roles(header)
     if options.padj_below is not None and "padj" not in roles:
         raise BadInput(f"{path.name} has no column of adjusted p-values: add one named padj, or set no limit for it.")
-    groups = _table_groups(lines, start + 1, path, separator, header)
+    rest = itertools.chain(second, (line for _, line in lines))
+    groups = _table_groups(rest, number, path, separator, header)
     unit = next(role for role in ("log2_fc", "z", "sign") if role in roles)
     column = header[roles[unit]]
     notes: tuple[str, ...] = ()
@@ -372,9 +399,9 @@ def _read_table(text: str, path: Path, options: _Options) -> Iterator[Signature 
         genes, values, padj = groups[name]
         yield _assemble(
             name,
-            np.array(genes, dtype=object),
-            np.array(values),
-            np.array(padj) if "padj" in roles else None,
+            genes,
+            values,
+            padj,
             unit,
             options,
             notes=notes,
@@ -382,45 +409,90 @@ def _read_table(text: str, path: Path, options: _Options) -> Iterator[Signature 
         )
 
 
-_Rows = tuple[list[str], list[float], list[float]]
+_Rows = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
-def _table_groups(lines: list[str], start: int, path: Path, separator: str, header: list[str]) -> dict[str, _Rows]:
-    """Name of a signature -> its genes, changes and adjusted p-values, NaN where a cell is empty.
+def _table_groups(lines: Iterable[str], above: int, path: Path, separator: str, header: list[str]) -> dict[str, _Rows]:
+    """Name of a signature -> its genes, changes and adjusted p-values ``[row]``, NaN where a cell is empty.
 
-    ``start`` is the index of the first line after the header.
+    ``lines`` are those below the header, ``above`` counts the others. The p-values are None without such a column.
     """
     roles = _roles(header)
     value_column = next(roles[role] for role in ("log2_fc", "z", "sign") if role in roles)
-    padj_column, name_column = roles.get("padj"), roles.get("name")
-    log10 = padj_column is not None and header[padj_column].lower().startswith("nlog10")
-    groups: dict[str, _Rows] = {}
-    reader = csv.reader((line + "\n" for line in lines[start:]), delimiter=separator)
+    # Columns are converted whole: a short row is read in about a microsecond.
+    cells, numbers = _cells(lines, above, path, separator, header)
+    genes = [text.strip() for text in cells[roles["gene"]]]
+    genes = ["" if gene.lower() in ("na", "nan", "---") else gene for gene in genes]
+
+    def column(i: int) -> np.ndarray:
+        return _numbers(cells[i], header[i], path, numbers, decimal_comma=separator == ";")
+
+    columns = [np.array(genes, dtype=object), column(value_column)]
+    if "padj" in roles:
+        columns.append(_p_values(column(roles["padj"]), header[roles["padj"]], path, numbers))
+    if "name" not in roles:
+        return {_stem(path): _rows(columns)}
+    names = np.array([text.strip() or "unnamed" for text in cells[roles["name"]]], dtype=object)
+    group, known = pd.factorize(names)
+    order, ends = np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1]
+    parts = zip(*(np.split(values[order], ends) for values in columns), strict=True)
+    return {name: _rows(part) for name, part in zip(known, parts, strict=True)}
+
+
+def _rows(columns: Sequence[np.ndarray]) -> _Rows:
+    return columns[0], columns[1], columns[2] if len(columns) > 2 else None
+
+
+def _cells(
+    lines: Iterable[str], above: int, path: Path, separator: str, header: list[str]
+) -> tuple[dict[int, list[str]], Sequence[int]]:
+    """Column -> its texts ``[row]``, for columns with a role, and the line of each row. Blank rows are left out."""
+    used = sorted(set(_roles(header).values()))
+    pick = itemgetter(*used)  # of at least two columns, gene and change
+    rows, numbers = [], array("q")
+    reader = csv.reader(lines, delimiter=separator)
     try:
         for row in reader:
-            number = start + reader.line_num
-            if not any(map(str.strip, row)):
+            if not "".join(row).strip():
                 continue
             if len(row) != len(header):
                 raise BadInput(
-                    f"Line {number} of {path.name} has {len(row)} fields and the header {len(header)}: "
-                    "give every row the same columns."
+                    f"Line {above + reader.line_num} of {path.name} has {len(row)} fields and the header "
+                    f"{len(header)}: give every row the same columns."
                 )
-            where = (path, number, separator == ";")
-            name = _stem(path) if name_column is None else row[name_column].strip() or "unnamed"
-            genes, values, padj = groups.setdefault(name, ([], [], []))
-            gene = row[roles["gene"]].strip()
-            genes.append("" if gene.lower() in ("na", "nan", "---") else gene)
-            values.append(_cell(row[value_column], header[value_column], *where))
-            if padj_column is not None:
-                p = _cell(row[padj_column], header[padj_column], *where)
-                padj.append(10.0**-p if log10 else p)
+            rows.append(pick(row))
+            numbers.append(above + reader.line_num)
     except csv.Error as error:
-        number = start + reader.line_num
+        number = above + reader.line_num
         raise BadInput(f"Line {number} of {path.name} cannot be read ({error}): save the file again.") from None
-    if not groups:
+    if not rows:
         raise BadInput(f"{path.name} has a header and no rows: choose a file with genes.")
-    return groups
+    table = np.array(rows, dtype=object)
+    return {column: table[:, i].tolist() for i, column in enumerate(used)}, numbers
+
+
+def _numbers(texts: list[str], column: str, path: Path, lines: Sequence[int], *, decimal_comma: bool) -> np.ndarray:
+    """The numbers in a column ``[row]``, NaN where one is missing or infinite."""
+    try:
+        values = np.array(list(map(float, texts)))
+    except ValueError:
+        values = np.array(
+            [_cell(text, column, path, line, decimal_comma) for text, line in zip(texts, lines, strict=True)]
+        )
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _p_values(values: np.ndarray, column: str, path: Path, lines: Sequence[int]) -> np.ndarray:
+    """Adjusted p-values ``[row]`` of a column that holds them or -log10 of them."""
+    if not column.lower().startswith("nlog10"):
+        return values
+    if (negative := np.flatnonzero(values < 0)).size:
+        i = negative[0]
+        raise BadInput(
+            f"Line {lines[i]} of {path.name} has {values[i]:g} in the column {column}: give -log10 of a p-value, "
+            "which is at least 0."
+        )
+    return 10.0**-values
 
 
 def _cell(text: str, column: str, path: Path, line: int, decimal_comma: bool) -> float:
@@ -489,12 +561,11 @@ def _without_repeats(
     rows: np.ndarray, genes: np.ndarray, values: np.ndarray, p: np.ndarray
 ) -> tuple[np.ndarray, list[str]]:
     """Rows with each gene once, in their order, and the genes that had several."""
-    best: dict[str, int] = {}
-    repeated: dict[str, None] = {}
-    for row in rows[np.lexsort((-np.abs(values[rows]), p[rows]))].tolist():
-        if best.setdefault(genes[row], row) != row:
-            repeated[genes[row]] = None
-    return np.array(sorted(best.values()), dtype=np.intp), list(repeated)
+    order = rows[np.lexsort((-np.abs(values[rows]), p[rows]))]
+    gene, names = pd.factorize(genes[order])
+    first = np.zeros(len(order), dtype=bool)
+    first[np.unique(gene, return_index=True)[1]] = True
+    return np.sort(order[first]), list(dict.fromkeys(names[gene[~first]]))
 
 
 def _log2(values: np.ndarray, unit: str, options: _Options) -> np.ndarray:
@@ -597,9 +668,14 @@ def _read_gct(text: str, path: Path, options: _Options) -> Iterator[Signature | 
     yield from _column_signatures(matrix, values, chosen, path, options)
 
 
+MAX_DIGITS = 15
+"""Of a size in the second line: more than any file has, and few enough for every number there to be read."""
+
+
 def _gct_sizes(lines: Sequence[str], path: Path) -> tuple[int, int, int, int]:
     """Rows, columns, columns of row metadata, lines of column metadata."""
-    sizes = [int(field) for field in (lines[1] if len(lines) > 1 else "").split() if field.isdigit()]
+    fields = lines[1].split() if len(lines) > 1 else []
+    sizes = [int(field) for field in fields if field.isdecimal() and len(field) <= MAX_DIGITS]
     expected = 2 if lines[0].startswith("#1.2") else 4
     if len(sizes) != expected or len(lines) < 3:
         raise BadInput(f"Line 2 of {path.name} must give {expected} sizes, as line 1 says: save the file again.")
@@ -627,27 +703,40 @@ def _read_hdf5(path: Path, options: _Options) -> Iterator[Signature | None]:
                 )
     except BadInput:
         raise
-    except (KeyError, IndexError, OSError, RuntimeError, TypeError, ValueError):  # h5py meets damage with any of these
+    except (  # h5py meets damage with any of these
+        *(AttributeError, IndexError, KeyError, MemoryError),
+        *(OSError, OverflowError, RuntimeError, TypeError, ValueError),
+    ):
         raise BadInput(f"{path.name} is a damaged or incomplete HDF5 file: fetch it again.") from None
 
 
-def _strings(dataset: Any) -> list[str]:
+def _whole(dataset: Any, path: Path, options: _Options) -> Any:
+    """All of an HDF5 dataset. Its size is looked at first: a file of a few kilobytes can state any."""
+    size = dataset.size * dataset.dtype.itemsize
+    if size > options.max_bytes:
+        raise _too_large(path, size, options.max_bytes)
+    return dataset[()]
+
+
+def _strings(dataset: Any, path: Path, options: _Options) -> list[str]:
     """Values of an HDF5 dataset as text."""
-    values = np.asarray(dataset[()]).ravel().tolist()
+    values = np.asarray(_whole(dataset, path, options)).ravel().tolist()
     return [v.decode("utf-8", "replace").strip("\0 ") if isinstance(v, bytes) else str(v) for v in values]
 
 
 def _read_gctx(file: Any, path: Path, options: _Options) -> Iterator[Signature | None]:
     rows, columns = file["0/META/ROW"], file["0/META/COL"]
-    ids, names = _strings(rows["id"]), _strings(columns["id"])
-    stored = file["0/DATA/0/matrix"]
-    if stored.shape != (len(names), len(ids)):  # GCTX stores one row per column of the matrix
+    stored, n_columns, n_rows = file["0/DATA/0/matrix"], columns["id"].size, rows["id"].size
+    if stored.shape != (n_columns, n_rows):  # GCTX stores one row per column of the matrix
         raise BadInput(
-            f"{path.name} has {len(names)} columns and {len(ids)} rows and a stored matrix of shape {stored.shape}: "
+            f"{path.name} has {n_columns} columns and {n_rows} rows and a stored matrix of shape {stored.shape}: "
             "fetch the file again."
         )
-    row_meta = {name: _strings(rows[name]) for name in _SYMBOL_COLUMNS if name in rows}
-    metadata = {name: _strings(columns[name]) for name in (*_CELL_COLUMNS, *_DRUG_COLUMNS) if name in columns}
+    ids, names = _strings(rows["id"], path, options), _strings(columns["id"], path, options)
+    row_meta = {name: _strings(rows[name], path, options) for name in _SYMBOL_COLUMNS if name in rows}
+    metadata = {
+        name: _strings(columns[name], path, options) for name in (*_CELL_COLUMNS, *_DRUG_COLUMNS) if name in columns
+    }
     matrix = _Matrix(_symbols(row_meta, ids), names, metadata)
     matrix.check(path, len(ids))
     chosen = options.choose(names, path)
@@ -668,13 +757,13 @@ def _read_ranked(ranked: Any, path: Path, options: _Options) -> Iterator[Signatu
         raise BadInput(
             f"The rank_genes_groups of {path.name} have no logfoldchanges: run scanpy with method wilcoxon or t-test."
         )
-    names, changes = ranked["names"][()], ranked["logfoldchanges"][()]
+    names, changes = (_whole(ranked[name], path, options) for name in ("names", "logfoldchanges"))
     if getattr(names.dtype, "names", None) is None:
         raise BadInput(f"The rank_genes_groups of {path.name} are not in scanpy's layout: write the file with anndata.")
-    padj = ranked["pvals_adj"][()] if "pvals_adj" in ranked else None
+    padj = _whole(ranked["pvals_adj"], path, options) if "pvals_adj" in ranked else None
     if options.padj_below is not None and padj is None:
         raise BadInput(f"The rank_genes_groups of {path.name} have no pvals_adj: set no limit for adjusted p-values.")
-    reference = _strings(ranked["params/reference"])[0] if "params/reference" in ranked else "unknown"
+    reference = _strings(ranked["params/reference"], path, options)[0] if "params/reference" in ranked else "unknown"
     for group in options.choose(names.dtype.names, path):
         genes = [g.decode("utf-8", "replace") if isinstance(g, bytes) else str(g) for g in names[group]]
         yield _assemble(

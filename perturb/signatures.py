@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ge2hist_core.types import BadInput
+from ge2hist_core.types import BadInput, check_text
 from perturb.edits import MAX_FACTOR, Edit, Perturbation
 
 __all__ = [
@@ -103,6 +103,8 @@ class Signature:
         if len(set(genes)) != len(genes):
             twice = next(gene for gene in genes if genes.count(gene) > 1)
             raise BadInput(f"The signature {self.name!r} names the gene {twice!r} twice: keep one of them.")
+        texts = (self.name, self.source, self.description, self.kind, self.cell_line, self.drug, *self.notes, *genes)
+        check_text(f"The signature {self.name!r}", "\n".join(texts))
         object.__setattr__(self, "genes", genes)
         object.__setattr__(self, "log2_fc", self._numbers("log2_fc", self.log2_fc))
         object.__setattr__(self, "notes", tuple(self.notes))
@@ -117,7 +119,7 @@ class Signature:
     def _numbers(self, field: str, values: Iterable[float]) -> tuple[float, ...]:
         try:
             numbers = tuple(float(value) for value in values)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise BadInput(f"The signature {self.name!r} has a {field} that is no number: give numbers.") from None
         if len(numbers) != len(self.genes):
             raise BadInput(

@@ -162,7 +162,7 @@ def crossed_effect(base: np.ndarray, edited: np.ndarray, seed: int, level: float
     """Mean of ``edited - base`` over cells and seeds, interval and p over both.
 
     With several cells and seeds p is that of Student's test that goes with the interval of :func:`crossed_mean` without
-    a step; the sign flip would take cells for independent that share their seeds. Where the differences are all alike up
+    a step; the sign flip would take cells for independent that share their seeds. Where all differences are alike up
     to rounding, and with one cell or one seed, p is that of :func:`sign_flip_p`, of the factor with fewer units: draws
     of one cell do not stand in for other cells. No p knows of the step: an interval with it may hold 0 beside a p just
     below 0.05.

@@ -6,7 +6,6 @@ picture.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ge2hist_core.files import parse_json
 from ge2hist_core.types import BadInput
 from perturb.stats import Estimate, clustered_ratio
 
@@ -56,10 +56,7 @@ def read_evaluation(bundle: Path) -> dict[str, Any] | None:
 def _read(path: Path, command: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path.name} is not valid JSON ({error}): run `{command}` again.") from error
+    found = parse_json(path.read_bytes(), path.name, f"run `{command}` again")
     if not isinstance(found, dict):
         raise BadInput(f"{path.name} holds a {type(found).__name__}, not named figures: run `{command}` again.")
     return found

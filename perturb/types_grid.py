@@ -9,7 +9,6 @@ change a picture.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import threading
 from collections.abc import Callable
@@ -21,7 +20,8 @@ import numpy as np
 import pandas as pd
 
 from ge2hist_core.config import SampleConfig, from_json, to_json
-from ge2hist_core.types import BadInput, Niche
+from ge2hist_core.files import parse_json
+from ge2hist_core.types import BadInput, Niche, check_sha256, check_text
 
 if TYPE_CHECKING:
     from ge2hist_core.data import H5adSource
@@ -80,12 +80,17 @@ class TypesGrid:
     gene_column: str | None = None
 
     def __post_init__(self) -> None:
+        check_sha256("model_sha256", self.model_sha256)
+        if self.data_sha256 is not None:
+            check_sha256("data_sha256", self.data_sha256)
+        for name in ("matrix", "gene_column"):
+            if getattr(self, name) is not None:
+                check_text(name, getattr(self, name))
         for name in ("types", "cell_ids"):
             values = tuple(getattr(self, name))
             object.__setattr__(self, name, values)
             for value in values:
-                if not isinstance(value, str):
-                    raise BadInput(f"{name} holds {value!r}: give names.")
+                check_text(f"A name of {name}", value)
                 if values.count(value) > 1:
                     raise BadInput(f"{name} holds {value!r} twice: give it once.")
         for name, least in (("n", 1), ("axis", 1), ("seed", 0), ("encoder_seed", 0)):
@@ -117,11 +122,9 @@ class TypesGrid:
         ------
         BadInput: not JSON, another schema, an unknown, missing or malformed field.
         """
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"The file is not JSON ({error}): {_CURE}.") from None
-        if not isinstance(value, dict) or value.get("schema") != SCHEMA or not isinstance(value.get("sample"), dict):
+        value = parse_json(text, "The file", _CURE)
+        schema = value.get("schema") if isinstance(value, dict) else None
+        if type(schema) is not int or schema != SCHEMA or not isinstance(value.get("sample"), dict):
             raise BadInput(f"The file has no schema {SCHEMA} or no sample: {_CURE}.")
         value = {name: item for name, item in value.items() if name != "schema"}
         try:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ge2hist_core.files import write_json
-from ge2hist_core.types import BadInput
+from ge2hist_core.files import parse_json, write_json
+from ge2hist_core.types import BadInput, check_text
 from perturb.recipe import Recipe, _print_seeds
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Scenario:
 
     Raises
     ------
-    BadInput: no name, or one of more than 60 characters.
+    BadInput: no name, one of more than 60 characters, or one with half of a surrogate pair.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Scenario:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
             raise BadInput("A scenario has no name: give it one.")
+        check_text("The name of a scenario", self.name)
         if len(self.name) > MAX_NAME:
             raise BadInput(f"The name {self.name[:20]!r}... has {len(self.name)} characters: give at most {MAX_NAME}.")
 
@@ -155,13 +156,13 @@ class Workspace:
         BadInput: not JSON, another schema, or a scenario that cannot be read.
         """
         cure = "give a workspace file that GE2Hist wrote"
+        value = parse_json(text, "The workspace", cure)
         try:
-            value = json.loads(text)
             schema = value["workspace_schema"]
             if schema != SCHEMA:
                 raise BadInput(f"The workspace has schema {schema!r}, this version reads {SCHEMA}: {cure}.")
             rows = [(row["name"], Recipe.from_json(json.dumps(row["recipe"]))) for row in value["scenarios"]]
-        except (json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise BadInput(f"The workspace cannot be read ({error}): {cure}.") from None
         return cls(tuple(Scenario(name, recipe) for name, recipe in rows))
 

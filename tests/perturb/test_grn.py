@@ -735,6 +735,8 @@ def test_the_record_goes_through_json() -> None:
         ({"quantiles": [0.5, math.nan]}, "quantiles is"),
         ({"quantiles": None}, "quantiles is None"),
         ({"control": 1}, "control is 1: give true or false"),
+        ({"quantiles": [0, 10**400]}, "quantiles is"),
+        ({"network_name": "\ud800"}, "network_name holds '\\ud800'"),
         ({"extra": 1}, "Unknown field 'extra'"),
     ],
 )
@@ -757,6 +759,9 @@ BASE_GRN = (
     "peak_id,gene_short_name,MYC,SPI1,NA\n"
     "chr1_1_2,TERT,1.0,0.0,0\nchr1_5_6,TERT,1.0,1.0,0\nchr2_1_2,NA,0.0,0.0,0\nchr2_8_9,SPI1,0.0,1.0,1\n"
 )
+
+
+PACKED = {"edges": [["A", "B", 1.0]], "name": "n", "source": "", "scale": 1e4, "signed": True}
 
 
 def write(folder: Path, name: str, text: str | bytes) -> Path:
@@ -787,6 +792,8 @@ def test_dorothea_by_levels_and_a_gene_named_na(tmp_path: Path) -> None:
         ("index.csv", ",source,target,weight\n0,A,B,1\n1,B,C,-0.5\n"),
         ("index.tsv", "\tsource\ttarget\tweight\n0\tA\tB\t1\n1\tB\tC\t-0.5\n"),
         ("r.tsv", '"source"\t"target"\t"weight"\n"1"\t"A"\t"B"\t1\n"2"\t"B"\t"C"\t-0.5\n'),
+        ("excel.csv", "\ufeffsep=;\r\nsource;target;weight\r\nA;B;1\r\nB;C;-0.5\r\n"),
+        ("bar.csv", '"SEP=|"\nsource|target|weight\nA|B|1\nB|C|-0.5\n'),
         ("bom.csv", "\ufeffsource,target,weight\n A ,B,1\nB,C , -0.5\n"),
     ],
 )
@@ -850,6 +857,16 @@ def test_a_network_reads_back_from_its_table(pairs: list[tuple[int, int]], seed:
         ('source,target,weight\nA,B,1\n"A,C,1\n', "bad.csv is no readable table"),
         (b"\xff\xfe\x00source", "bad.csv is no readable table"),
         (b"\x00\x01\x02\x03" * 50, "bad.csv"),
+        ('{"edges": ' + "[" * 100_000, "bad.csv is no table and is nested more than 50 deep"),
+        ('{"edges": ' + "1" * 5000 + "}", "whole number of thousands of digits"),
+        (json.dumps(PACKED | {"edges": [["A", "B", 10**400]]}), "stored network is damaged"),
+        (json.dumps(PACKED | {"edges": [["A", "\ud800", 1]]}), r"'A' -> '.ud800' has a gene that is no name"),
+        (json.dumps(PACKED | {"edges": [["'=A", "B", 1]]}), "has a gene that is no name"),
+        (json.dumps(PACKED | {"edges": [["A\r", "B", 1]]}), "has a gene that is no name: leave out control characters"),
+        (json.dumps(PACKED | {"name": 5}), "name of a network is 5: give text"),
+        (json.dumps(PACKED | {"source": "\ud800"}), "source of a network holds"),
+        (json.dumps(PACKED | {"signed": "yes"}), "signed is 'yes': give true or false"),
+        ("sep=;\n", "holds no table"),
         (b"PAR1 this is not parquet", "bad.csv is no readable table"),
         (b"\x1f\x8bnot gzip at all", "bad.csv cannot be unpacked"),
         (gzip.compress(b"source,target,weight\nA,B,1\n" * 99)[:-20], "bad.csv cannot be unpacked"),

@@ -6,7 +6,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 
 from ge2hist_core.simulator.expression import load_genes
@@ -14,6 +16,7 @@ from ge2hist_core.types import BadInput
 from perturb.edits import Perturbation
 from perturb.grn import Network, Propagation, pack_network, read_network
 from perturb.networks import keep_network, kept_network, kept_networks, known_truth, network_for
+from perturb.page import csv_bytes
 from perturb.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -81,8 +84,35 @@ def test_a_fitted_networks_table_reads_back_with_its_scale(tmp_path: Path) -> No
     with pytest.raises(BadInput, match="Column 'scale' of two.csv must hold one positive number"):
         read_network(tmp_path / "two.csv")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(BadInput, match="bad.json is neither a table nor JSON"):
+    with pytest.raises(BadInput, match="bad.json is no table and is not valid JSON"):
         read_network(tmp_path / "bad.json")
+
+
+def test_names_that_look_like_formulas_are_tamed_in_the_table_and_read_back(tmp_path: Path) -> None:
+    names = ["=cmd|' /C calc'!A0", "+A", "-B", "@C", "\uff1dD", "E=1", "'F", '=G,"H"', "NA"]
+    network = Network(np.array(names), np.array(names[1:] + names[:1]), np.full(len(names), 0.5), scale=77.0)
+    (tmp_path / "net.json").write_text(json.dumps(pack_network(network)))
+    (tmp_path / "net.csv").write_bytes(csv_bytes(network.table()))
+    table = pd.read_csv(tmp_path / "net.csv", dtype=str, keep_default_na=False)
+    assert not table["source"].str.match(r"[=+\-@\uff1d]").any() and "'=cmd" in (tmp_path / "net.csv").read_text()
+    assert read_network(tmp_path / "net.csv").sha256 == read_network(tmp_path / "net.json").sha256 == network.sha256
+
+
+def test_the_command_fits_a_network_whose_table_no_spreadsheet_runs(tmp_path: Path) -> None:
+    """Genes of the cells that look like formulas."""
+    draws = np.random.default_rng(0)
+    driver = draws.poisson(5, 300)
+    counts = np.stack([driver, draws.poisson(1 + 2 * driver), draws.poisson(20, 300)], axis=1).astype(np.float32)
+    genes = pd.DataFrame(index=["=1+1", "@SUM(A1)", "ACTB"])
+    cells = ad.AnnData(counts, pd.DataFrame(index=[f"c{i}" for i in range(300)]), genes)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    out = tmp_path / "net.csv"
+    done = run("fit", "--regulators", "=1+1", "--cells", str(tmp_path / "cells.h5ad"), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    network = read_network(out)
+    assert ("=1+1", "@SUM(A1)") in set(zip(network.regulators, network.targets, strict=True))
+    assert f"SHA-256 {network.sha256}" in done.stdout
+    assert out.read_text().splitlines()[1].startswith("'=1+1,'@SUM(A1),")
 
 
 def test_a_kept_network_keeps_its_first_name(tmp_path: Path) -> None:

@@ -120,6 +120,9 @@ def without(name: str) -> str:
     return json.dumps({key: value for key, value in PLAIN.to_dict().items() if key != name})
 
 
+KO = {"gene": "CD8A", "kind": "ko"}
+
+
 def changed(**fields: object) -> str:
     return json.dumps(PLAIN.to_dict() | fields)
 
@@ -127,9 +130,11 @@ def changed(**fields: object) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "not valid JSON"),
         ("[1]", "no field 'schema'"),
-        ("[" * 100_000, "not JSON"),
+        ("[" * 100_000, "The recipe is nested more than 50 deep: give a recipe.json"),
+        (without("cell_ids")[:-1] + ', "cell_ids": ' + "[" * 400 + "]" * 400 + "}", "nested more than 50 deep"),
+        (without("encoder_seed")[:-1] + ', "encoder_seed": ' + "1" * 5000 + "}", "whole number of thousands of digits"),
         (without("schema"), "no field 'schema'"),
         (changed(schema=SCHEMA + 1), f"schema {SCHEMA + 1}, this version of GE2Hist reads schema {SCHEMA}"),
         (changed(schema="1"), "schema '1'"),
@@ -152,6 +157,18 @@ def changed(**fields: object) -> str:
         (changed(perturbation=[{"gene": "CD8A", "kind": "ko", "code": 1}]), "Unknown field 'code'"),
         (changed(colour="red"), "Unknown field 'colour'"),
         (changed(matrix=3), "matrix is 3"),
+        (changed(matrix="\ud800"), "matrix holds '.ud800': half of a surrogate pair"),
+        (changed(gene_column="a\udfff"), "gene_column holds 'a.udfff'"),
+        (changed(perturbation=[{"gene": "\ud800", "kind": "ko"}]), "gene of an edit holds"),
+        (changed(perturbation=[{"name": "\ud800", "edits": [KO]}]), "name of a set of edits holds"),
+        (changed(perturbation=[{"gene": "A", "kind": "set", "amount": 10**400}]), "of A has amount 10000"),
+        (changed(perturbation=[{"name": "a", "dose": 10**400, "edits": [KO]}]), "dose of a is 10000"),
+        (changed(propagation={"network_sha256": MODEL, "network_name": "\ud800"}), "network_name holds"),
+        (
+            changed(propagation={"network_sha256": MODEL, "network_name": "n", "quantiles": [0, 10**400]}),
+            "quantiles is",
+        ),
+        (changed(sample={"guidance": 10**400}), "guidance is 1000"),
     ],
 )
 def test_what_is_no_recipe_is_refused_in_one_sentence(text: str, message: str) -> None:
@@ -183,6 +200,8 @@ def test_bad_links_are_refused(query: dict[str, str], message: str) -> None:
 def test_missing_file_is_named(tmp_path) -> None:
     with pytest.raises(BadInput, match="Cannot read the recipe"):
         Recipe.read(tmp_path / "none.json")
+    with pytest.raises(BadInput, match="Cannot read the recipe"):
+        Recipe.read("a\0b")
 
 
 def test_a_control_and_half_a_character_are_refused() -> None:

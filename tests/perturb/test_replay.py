@@ -152,6 +152,19 @@ def test_what_is_no_report_is_one_sentence(tmp_path: Path) -> None:
     ):
         with pytest.raises(BadInput, match=message):
             read_report(tmp_path / name)
+    with pytest.raises(BadInput, match="Cannot read the report"):
+        read_report("a\0b")
+    for text, message in (
+        ("[" * 100_000, "nested more than 50 deep"),
+        ('{"a": ' + "1" * 5000 + "}", "thousands of digits"),
+    ):
+        (tmp_path / "provenance.json").write_text(text)
+        with pytest.raises(BadInput, match=f"provenance.json .*{message}"):
+            read_report(tmp_path)
+        (tmp_path / "bad.html").write_text(f'<script type="application/json" id="ge2hist">{text}</script>')
+        with pytest.raises(BadInput, match=message):
+            read_report(tmp_path / "bad.html")
+    (tmp_path / "provenance.json").unlink()
     (tmp_path / "recipe.json").write_text(json.dumps({"schema": 99}))
     (tmp_path / "comparison.csv").write_text("a\n")
     with pytest.raises(BadInput, match="schema"):

@@ -24,7 +24,7 @@ from ge2hist_core.types import BadInput, Cells
 from perturb import signatures
 from perturb.dose_response import DoseResponse, dose_response, doses
 from perturb.edits import MAX_FACTOR, Perturbation
-from perturb.signature_files import read_signatures
+from perturb.signature_files import MAX_TABLE_BYTES, MAX_TEXT_BYTES, read_signatures
 from perturb.signatures import LIBRARY_CSV, MAX_DOSE, Signature, expand, library_table, load_library
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +75,8 @@ def as_dict(signature: Signature) -> dict[str, float]:
         ({"log2_fc": (1.0, 0.5), "direction_only": True}, r"B the value 0.5: choose \+1 or -1"),
         ({"padj": (0.5, 1.5)}, "adjusted p-value 1.5: choose 0 to 1"),
         ({"padj": (0.5,)}, "1 values of padj"),
+        ({"genes": ("A", "\ud800")}, "half of a surrogate pair is no text"),
+        ({"log2_fc": (1.0, 10**400)}, "log2_fc that is no number"),
     ],
 )
 def test_a_malformed_signature_is_refused_in_one_sentence(fields, message):
@@ -457,6 +459,18 @@ def test_a_table_written_by_pandas_reads_back(tmp_path_factory, rows, separator)
     assert found.padj == tuple(p for _, p in rows.values())
 
 
+@pytest.mark.parametrize("first", ["sep=;", "SEP=;", '"sep=;"', "# made by x\nsep=;"])
+def test_a_line_that_states_the_separator_is_skipped_and_believed(tmp_path, first):
+    (found,) = read_signatures(written(tmp_path, "excel.csv", f"{first}\n{GERMAN}"))
+    assert as_dict(found) == {"A": 1.5, "B": -2} and found.padj == (0.001, 1.0)
+    with pytest.raises(BadInput, match="Line 4 of excel.csv has 'high' in the column log2FC"):
+        read_signatures(written(tmp_path, "excel.csv", "sep=;\nGene;log2FC\nA;1\nB;high\n"))
+    (found,) = read_signatures(written(tmp_path, "bars.csv", "sep=|\ngene|logFC\nA|1\n"))
+    assert as_dict(found) == {"A": 1}
+    with pytest.raises(BadInput, match="read with vertical bars as separators, has no column of log2 fold changes"):
+        read_signatures(written(tmp_path, "bars.csv", "sep=|\ngene|FC\nA|1\n"))
+
+
 def test_natural_logarithms_are_converted(tmp_path):
     path = written(tmp_path, "t.csv", f"gene,avg_logFC\nA,{math.log(2)!r}\nB,{-3 * math.log(2)!r}\n")
     (found,) = read_signatures(path, base=math.e)
@@ -530,6 +544,14 @@ def test_real_lincs_z_scores():
         ("t.csv", "gene,logFC\nA,500\n", "log2 fold change 500: give a number from -100 to 100"),
         ("t.csv", "gene,sign\nA,0.3\n", r"choose \+1 or -1"),
         ("t.csv", "# only\n", "comments alone"),
+        ("t.csv", "sep=;\n", "comments alone"),
+        (
+            "t.csv",
+            "gene,z_score,nlog10_bonferroni_pval\nA,3,1\n\nB,3,-400\n",
+            "Line 4 of t.csv has -400 in the column nlog",
+        ),
+        ("t.gct", "#1.2\n\u00b2\t2\nName\tDescription\tX\tY\nr1\tA\t1\t-1\n", "must give 2 sizes"),
+        ("t.gct", "#1.2\n" + "9" * 5000 + "\t2\nName\tDescription\tX\tY\nr1\tA\t1\t-1\n", "must give 2 sizes"),
         ("t.csv", " \n", "is empty"),
         ("t.csv", '"' + "x" * 200_000, "are no table"),
         ("t.xlsx", b"PK\x03\x04rest", "Excel workbook: save it as CSV"),
@@ -585,6 +607,49 @@ def test_a_file_that_is_too_large_or_absent_is_refused(tmp_path):
         read_signatures(bomb, max_bytes=100_000)
     with pytest.raises(BadInput, match="absent.csv cannot be read .No such file"):
         read_signatures(tmp_path / "absent.csv")
+    with pytest.raises(BadInput, match="cannot be read .embedded null byte"):
+        read_signatures("a\0b")
+
+
+def test_text_has_lower_limits_than_binary_files(tmp_path):
+    """Above them even short rows, of which a megabyte holds the most, keep a user waiting."""
+    row = b"A,1\n"
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"gene,logFC\n" + row * (MAX_TABLE_BYTES // len(row)))
+    with pytest.raises(
+        BadInput, match=r"t.csv holds 25.0 MB, more than the limit of 25.0 MB for a table: choose fewer"
+    ):
+        read_signatures(path)
+    sets = tmp_path / "t.gmt"
+    sets.write_bytes(b"S_UP\tna" + b"\tA" * (MAX_TEXT_BYTES // 2) + b"\n")
+    with pytest.raises(BadInput, match=r"t.gmt holds 50.0 MB, more than the limit of 50.0 MB for text"):
+        read_signatures(sets)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["A", "B", "C", "", "NA"]), changes, st.floats(0, 1)), min_size=1, max_size=30),
+    st.lists(st.sampled_from(["x", "y", ""]), min_size=30, max_size=30),
+)
+def test_rows_are_dealt_to_signatures_and_the_surest_of_each_gene_is_kept(tmp_path_factory, rows, names):
+    """Against a plain search of every gene's best row."""
+    path = tmp_path_factory.getbasetemp() / "several.csv"
+    lines = [f"{n},{g},{fc!r},{p!r}" for n, (g, fc, p) in zip(names, rows, strict=False)]
+    path.write_text("group,gene,logFC,padj\n" + "\n".join(lines) + "\n")
+    best: dict[str, dict[str, tuple[float, float, int]]] = {}
+    for i, (name, (gene, change, p)) in enumerate(zip(names, rows, strict=False)):
+        if gene in ("", "NA"):
+            continue
+        of_name = best.setdefault(name or "unnamed", {})
+        of_name[gene] = min(of_name.get(gene, (2.0, 0.0, 0)), (p, -abs(change), i))
+    expected = {name: {g: rows[i][1] for g, (_, _, i) in genes.items()} for name, genes in best.items()}
+    if not expected:
+        with pytest.raises(BadInput, match="no row with a gene"):
+            read_signatures(path)
+        return
+    found = read_signatures(path)
+    assert {s.name: as_dict(s) for s in found} == expected
+    order = list(dict.fromkeys(name or "unnamed" for name, _ in zip(names, rows, strict=False)))
+    assert [s.name for s in found] == [name for name in order if name in expected]
 
 
 @pytest.mark.parametrize(
@@ -681,6 +746,28 @@ def test_matrices_that_are_no_z_scores_or_do_not_fit_are_refused(tmp_path):
         del file["0/META/ROW/id"]
     with pytest.raises(BadInput, match="damaged or incomplete"):
         read_signatures(tmp_path / "half.gctx")
+
+
+def gctx(path: Path, ids: int, matrix: tuple[int, int] | None) -> Path:
+    """A GCTX that states sizes and holds nothing; a group in place of the matrix where it is None."""
+    with h5py.File(path, "w") as file:
+        if matrix is None:
+            file.create_group("0/DATA/0/matrix")
+        else:
+            file.create_dataset("0/DATA/0/matrix", matrix, "f4", chunks=(1, 1000))
+        file.create_dataset("0/META/ROW/id", (ids,), "S50", chunks=(1000,))
+        file["0/META/COL/id"] = [b"S1"]
+    return path
+
+
+def test_sizes_that_a_matrix_file_only_states_are_not_reserved(tmp_path):
+    assert gctx(tmp_path / "b.gctx", 10**10, (1, 10**10)).stat().st_size < 100_000
+    with pytest.raises(BadInput, match=r"b.gctx holds 500,000.0 MB, more than the limit of 100.0 MB"):
+        read_signatures(tmp_path / "b.gctx")
+    with pytest.raises(BadInput, match="1 columns and 10000000000 rows and a stored matrix of shape"):
+        read_signatures(gctx(tmp_path / "c.gctx", 10**10, (10**6, 10**6)))
+    with pytest.raises(BadInput, match="damaged or incomplete"):
+        read_signatures(gctx(tmp_path / "g.gctx", 1000, None))
 
 
 def test_row_ids_stand_in_where_there_are_no_symbols(tmp_path):

@@ -161,6 +161,11 @@ def test_a_recipe_reads_back_from_its_json(tiny_bundle) -> None:
     ("changes", "message"),
     [
         ({"types": ()}, "The grid has no row"),
+        ({"types": ("\ud800",)}, "A name of types holds"),
+        ({"types": (5,)}, "A name of types is 5: give text"),
+        ({"data_sha256": 5}, "data_sha256 is 5"),
+        ({"matrix": 5}, "matrix is 5: give text"),
+        ({"gene_column": "\ud800"}, "gene_column holds"),
         ({"types": ("B cell", "B cell")}, "types holds 'B cell' twice"),
         ({"environments": "elsewhere"}, "choose prior, axis, cells"),
         ({"n": 0}, "n is 0: give a whole number from 1"),
@@ -180,7 +185,12 @@ def test_what_cannot_be_a_grid_is_refused(tiny_bundle, changes: dict, message: s
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "The file is not JSON"),
+        ("{", "The file is not valid JSON"),
+        ("[" * 100_000, "The file is nested more than 50 deep"),
+        ('{"schema": 1, "sample": {}, "seed": ' + "1" * 5000 + "}", "whole number of thousands of digits"),
+        ('{"schema": true, "sample": {}}', "no schema 1"),
+        ('{"schema": 1, "sample": {}, "model_sha256": 5}', "model_sha256 is 5: give the 64 hexadecimal digits"),
+        ('{"schema": 1, "sample": {}, "model_sha256": null}', "model_sha256 is None"),
         ("[]", "no schema 1"),
         ('{"schema": 1, "sample": {}}', "A field is missing"),
         ('{"schema": 1, "sample": {}, "model_sha256": "m", "colour": 1}', "Unknown field 'colour'"),

@@ -91,7 +91,9 @@ def test_a_file_reads_back_and_a_strange_name_finds_no_file(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "cannot be read"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "The workspace is nested more than 50 deep"),
+        ('{"workspace_schema": ' + "1" * 5000 + "}", "whole number of thousands of digits"),
         ("[]", "cannot be read"),
         ('{"workspace_schema": 9, "scenarios": []}', "schema 9, this version reads 1"),
         ('{"workspace_schema": 1, "scenarios": [{"name": "a"}]}', "cannot be read"),
@@ -108,6 +110,8 @@ def test_names_and_numbers_have_limits() -> None:
         THREE.renamed(1, "a")
     with pytest.raises(BadInput, match="has no name"):
         THREE.renamed(0, "  ")
+    with pytest.raises(BadInput, match="half of a surrogate pair"):
+        THREE.renamed(0, "a\ud800")
     with pytest.raises(BadInput, match="61 characters"):
         THREE.renamed(0, "x" * 61)
     with pytest.raises(BadInput, match=f"at most {MAX_SCENARIOS}"):

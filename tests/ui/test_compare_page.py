@@ -115,7 +115,7 @@ def test_an_empty_list_has_no_address(edited: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("../x", "no valid name"), ("0" * 32, "are not here"), ("d" * 32, "cannot be read")]
+    ("name", "says"), [("../x", "no valid name"), ("0" * 32, "are not here"), ("d" * 32, "is not valid JSON")]
 )
 def test_a_bad_link_starts_a_new_list_and_says_so(home: Path, edited: dict[str, str], name: str, says: str) -> None:
     damaged = home / "workspaces" / ("d" * 32 + ".json")
