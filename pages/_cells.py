@@ -26,20 +26,21 @@ LISTED_CELLS = 2_000
 
 def data_panel(experiment: Experiment, source: H5adSource, model: GE2Hist) -> None:
     st.markdown("#### Cells")
-    is_demo = experiment.path == _ui.demo_cells()
+    start = _ui.start_cells()
+    own = experiment.path != start
     preview = source.preview
     st.markdown(
-        f"**{'Demo cells' if is_demo else _ui.plain(experiment.path.name)}** · {preview.n_cells:,} cells · "
-        f"{preview.n_genes:,} genes"
+        f"**{_ui.plain(_ui.name_of(experiment.path))}** · {preview.n_cells:,} cells · {preview.n_genes:,} genes"
     )
     if preview.warnings:
         st.caption(f":material/warning: {len(preview.warnings)} notes on this file, see *What was recognised*")
     with st.popover("What was recognised", width="stretch"):
         _preview(source)
-    with st.expander("Use your own cells" if is_demo else "Change the file", key="upload"):
+    with st.expander("Change the file" if own else "Use your own cells", key="upload"):
         upload(model)
-        if not is_demo and _ui.is_there(_ui.demo_cells()):
-            st.button("Back to the demo cells", on_click=_ui.safely(_open_data), args=(_ui.demo_cells(), model))
+        if own and _ui.is_there(start):
+            back = f"Back to {_ui.plain(_ui.name_of(start).replace('Demo', 'the demo'))}"
+            st.button(back, on_click=_ui.safely(_open_data), args=(start, model))
     open_panel(model)
 
 

@@ -78,16 +78,24 @@ def bundle_folder() -> Path:
     return opened if opened is not None else start_bundle()
 
 
+DEMO_CELLS = ROOT / "assets" / "demo_cells.h5ad"
+
+
+def name_of(cells: Path) -> str:
+    """What a file of cells is called."""
+    return "Demo cells" if cells == DEMO_CELLS else cells.name
+
+
 def start_bundle() -> Path:
     """The bundle that a new tab has."""
     given = start_option("bundle") or os.environ.get("GE2HIST_BUNDLE")
     return Path(given).expanduser() if given else ROOT / "assets" / "demo_bundle"
 
 
-def demo_cells() -> Path:
+def start_cells() -> Path:
     """The cells at the start: those of ``--data``, ``GE2HIST_CELLS``, or the demo cells."""
     given = start_option("data") or os.environ.get("GE2HIST_CELLS")
-    return Path(given).expanduser() if given else ROOT / "assets" / "demo_cells.h5ad"
+    return Path(given).expanduser() if given else DEMO_CELLS
 
 
 def is_there(path: Path) -> bool:
@@ -583,8 +591,8 @@ def find_data(digits: str, model: GE2Hist) -> Path:
     ------
     BadInput: no such file here.
     """
-    if is_there(demo_cells()) and get_source(demo_cells(), model).sha256.startswith(digits):
-        return demo_cells()
+    if is_there(start_cells()) and get_source(start_cells(), model).sha256.startswith(digits):
+        return start_cells()
     if (path := recall("opened", digits)) is not None and is_there(path):
         return path
     if re.fullmatch(r"[0-9a-f]{12,64}", digits):
@@ -651,9 +659,9 @@ def open_experiment(model: GE2Hist) -> tuple[Experiment, H5adSource] | None:
         st.session_state["message"] = f"{known.path.name} is no longer here: open or upload it again."
         known = None
     if known is None:
-        if not is_there(demo_cells()):
+        if not is_there(start_cells()):
             return None
-        known = new_experiment(demo_cells(), model)
+        known = new_experiment(start_cells(), model)
     source = get_source(known.path, model, known.recipe.matrix, known.recipe.gene_column)
     # The bundle was trained again, or the file replaced, meanwhile.
     known.recipe = replace(known.recipe, model_sha256=model.sha256, data_sha256=source.sha256)

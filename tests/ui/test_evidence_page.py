@@ -123,7 +123,7 @@ def _zip_of(at: AppTest, recipe: Recipe) -> bytes:
     """The report that the buttons of the Report page would give, evidence included."""
     result = load_result(recipe.hash, _ui.get_cache())
     model = GE2Hist.load(_ui.bundle_folder())
-    with open_h5ad(_ui.demo_cells(), model.scgpt.vocab) as source:
+    with open_h5ad(_ui.start_cells(), model.scgpt.vocab) as source:
         cells = cells_for(source, recipe.cell_ids)
     evidence, complete = at_hand(result, model, cells, _ui.get_cache())
     assert complete

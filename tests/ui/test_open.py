@@ -50,7 +50,7 @@ def test_a_store_opens_in_this_tab_and_its_link_elsewhere(settings: pytest.Monke
     assert not at.exception and not at.error and not at.warning
     assert "mine.zarr" in texts(at) and "Real tile of this cell" in texts(at)
     assert at.session_state["experiment"].path == store
-    assert other.run().session_state["experiment"].path == _ui.demo_cells()
+    assert other.run().session_state["experiment"].path == _ui.start_cells()
     again = start(address(at))
     assert not again.error and not again.warning and again.session_state["experiment"].path == store
 
@@ -106,16 +106,22 @@ def test_paths_can_be_forbidden(settings: pytest.MonkeyPatch, store: Path) -> No
     settings.setenv("GE2HIST_OPEN", "0")
     at = start(link)
     assert "open path" not in [field.key for field in at.text_input]
-    assert at.session_state["experiment"].path == _ui.demo_cells()
+    assert at.session_state["experiment"].path == _ui.start_cells()
+
+
+def test_a_store_at_the_start_has_its_own_name(settings: pytest.MonkeyPatch, store: Path) -> None:
+    settings.setenv("GE2HIST_CELLS", str(store))
+    said = " ".join(text.value for text in start().sidebar.markdown)
+    assert _ui.plain(store.name) in said and "Demo cells" not in said
 
 
 def test_the_start_takes_bundle_and_data_before_the_environment(
     settings: pytest.MonkeyPatch, store: Path, tmp_path: Path
 ) -> None:
     settings.setattr(sys, "argv", ["app.py", "--bundle", str(tmp_path), "--data", str(store)])
-    assert _ui.start_bundle() == tmp_path and _ui.demo_cells() == store
+    assert _ui.start_bundle() == tmp_path and _ui.start_cells() == store
     settings.setattr(sys, "argv", ["other.py", "--bundle", str(tmp_path), "--data", str(store)])
-    assert _ui.demo_cells() != store
+    assert _ui.start_cells() != store
     settings.setattr(sys, "argv", ["app.py", "--data"])
     with pytest.raises(BadInput, match="--data and no path"):
-        _ui.demo_cells()
+        _ui.start_cells()
