@@ -234,7 +234,7 @@ def _check_edges(regulators: np.ndarray, targets: np.ndarray, weights: np.ndarra
     )
     if odd is not None:
         raise BadInput(
-            f"The edge {ascii(regulators[odd])} -> {ascii(targets[odd])} has a gene that is no name: leave out control "
+            f"The edge {ascii(str(regulators[odd]))} -> {ascii(str(targets[odd]))} has a gene that is no name: leave out control "
             "characters, halves of surrogate pairs and an apostrophe before =, +, - or @."
         )
     bad = np.flatnonzero(~((np.abs(weights) <= MAX_WEIGHT) & (weights != 0)))
