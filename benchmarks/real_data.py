@@ -1,8 +1,8 @@
 """How does it fare on real tissue? ``python benchmarks/real_data.py PART FOLDER [--out FILE.json]``.
 
-Parts: ``nuclei`` and ``reader`` on annotated H&E, ``maps`` on cell-type maps, ``spots`` on a bundle of paired spots,
-``cells`` on Xenium cells with places. What each set is and what was measured: ``docs/real_data.md``. Intervals are
-95 %, bootstrap over whole images, windows or sections, whichever the figure says.
+Parts: ``nuclei`` and ``reader`` on annotated H&E, ``maps`` on cell-type maps; ``spots BUNDLE DATA.zarr`` on a bundle of
+paired spots. What each set is and what was measured: ``docs/real_data.md``. Intervals are 95 %, bootstrap over whole
+images, windows or sections, or over tiles where there is one section, whichever the figure says.
 """
 
 from __future__ import annotations
@@ -476,6 +476,95 @@ def quartered(nuclei: pd.DataFrame, side: float, classes: Sequence[str]) -> pd.S
     return pd.DataFrame(parts).sum()
 
 
+# --- Pictures of real paired spots -----------------------------------------------------------------------------------
+
+
+class TextureDistance:
+    """Root mean square difference of standardised stain-texture features of two pictures of one cell."""
+
+    name = "stain-texture"
+
+    def __init__(self, real: np.ndarray) -> None:
+        from ge2hist_core.image_features import Standardised, TextureFeatures
+
+        self.space = Standardised(TextureFeatures(), real)
+
+    def distance(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """``[n]``; ``a`` and ``b`` uint8 ``[n, H, W, 3]``."""
+        return np.sqrt(((self.space(a) - self.space(b)) ** 2).mean(axis=1))
+
+
+def two_groups(rows: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most ``n`` rows to ask for and as many others, which say how much real tiles differ among themselves.
+
+    Raises
+    ------
+    BadInput: fewer than two of each.
+    """
+    n = min(n, len(rows) // 2)
+    if n < 2:
+        raise BadInput(f"{len(rows)} held-out cells with whole tiles are too few: at least 4 are needed.")
+    order = rng.stream(seed, "real spots").permutation(rows)
+    return np.sort(order[:n]), order[n : 2 * n]
+
+
+def spots(bundle: Path, data: Path, tiles: int, seed: int, work: Path | None) -> dict[str, Any]:
+    """A bundle's pictures of held-out cells beside retrieval, shuffled condition, its autoencoder, other real tiles.
+
+    As ``python -m ge2hist_core evaluate``, for bundles without a reader: stain-texture features alone.
+    """
+    from ge2hist_core.config import SampleConfig
+    from ge2hist_core.evaluation.contest import FLOOR, table_1
+    from ge2hist_core.evaluation.methods import controls, own
+    from ge2hist_core.evaluation.read_back import expression_scores, fit_reader, recovered
+    from ge2hist_core.evaluation.truth import noise_seeds
+    from ge2hist_core.evaluation.work import Work
+    from ge2hist_core.image_features import TextureFeatures
+    from ge2hist_core.model import GE2Hist
+    from ge2hist_core.store import TissueStore
+
+    model = GE2Hist.load(bundle)
+    store = TissueStore(data, model.config.tile_px)
+    learned = {part: sorted(model.has_learned_from(store, (part,))) for part in ("train", "validation")}
+    held_out = [name for name in store.donors if name not in sum(learned.values(), [])]
+    rows, others = two_groups(store.rows(held_out), tiles, seed)
+    training = store.rows(learned["train"])
+    if not len(training):
+        raise BadInput(f"{data} has no section that {bundle} was trained on: give the store of its training.")
+
+    cells, seeds, sample, kept = store.cells.take(rows), noise_seeds(seed, rows), SampleConfig(), Work(work)
+    key = [store.identity, rows.tolist(), seed]
+    known = model.embed(store.cells.take(training), seed)
+    state = model.encode(model.embed(cells, seed))
+    methods = [
+        own(model, state, seeds, sample, key),
+        *controls(model, store, training, cells, seeds, sample, seed, key, lambda: known),
+    ]
+    real = store.tiles(rows)
+    pictures = {method.name: method.pictures(len(rows), kept) for method in methods}
+    pictures["autoencoder of the real tile"] = model.autoencoder.decode(model.autoencoder.encode(real))
+    pictures[FLOOR] = store.tiles(others)
+    donor = np.asarray(store.cells.donor)
+    figures, _ = table_1(real, pictures, [TextureFeatures()], [TextureDistance(real)], donor[rows], seed)
+
+    texture = TextureFeatures()
+    scored, true, share = expression_scores(store.cells.counts[training], store.cells.counts[rows])
+    ridge = fit_reader(texture(store.tiles(training)), scored, donor[training])
+    guesses = {name: ridge(texture(images)) for name, images in {"real": real, **pictures}.items()}
+    return {
+        "held out": held_out,
+        "training": {**learned, "cells": len(training), "steps": (model.report or {}).get("steps")},
+        "separation": (model.report or {}).get("separation"),
+        "tiles": len(rows),
+        "tile_um": model.config.tile_px * model.config.um_per_px,
+        "figures": {
+            name: {m: {k: f[k] for k in ("value", "low", "high")} for m, f in by_method.items()}
+            for name, by_method in figures.items()
+        },
+        "read_back": {"variance_in_components": share, **recovered(true, guesses, "real", donor[rows], seed)},
+    }
+
+
 # --- Command --------------------------------------------------------------------------------------------------------
 
 
@@ -496,9 +585,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def part(name: str, text: str) -> argparse.ArgumentParser:
         child = sub.add_parser(name, help=text, description=text)
-        child.add_argument("folder", type=Path, metavar="FOLDER", help="that holds the sets, see docs/real_data.md")
         child.add_argument("--out", type=Path, metavar="FILE.json")
         child.add_argument("--seed", type=int, default=0)
+        if name == "spots":
+            child.add_argument("bundle", type=Path, metavar="BUNDLE", help="that was trained on DATA.zarr")
+            child.add_argument("data", type=Path, metavar="DATA.zarr", help="that `prepare` wrote")
+        else:
+            child.add_argument("folder", type=Path, metavar="FOLDER", help="that holds the sets: docs/real_data.md")
         return child
 
     part("nuclei", "the training-free segmenter on monuseg and consep")
@@ -509,14 +602,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     child.add_argument("--validation", type=int, default=4, help="images that set threshold and type bias")
     child = part("maps", "neighbourhoods of real maps against the simulated tissue")
     child.add_argument("--donors", type=int, default=24, help="simulated sections")
+    child = part("spots", "pictures of a bundle of paired spots against real tiles")
+    child.add_argument("--tiles", type=int, default=64)
+    child.add_argument("--work", type=Path, metavar="DIR", help="keeps the pictures, so that a stopped run goes on")
     args = parser.parse_args(argv)
+    run: dict[str, Callable[[], dict[str, Any]]] = {
+        "nuclei": lambda: nuclei(args.folder),
+        "reader": lambda: reader(args.folder, args.steps, args.batch_size, args.seed, args.test, args.validation),
+        "maps": lambda: maps(args.folder, args.donors, args.seed),
+        "spots": lambda: spots(args.bundle, args.data, args.tiles, args.seed, args.work),
+    }
     try:
-        if args.part == "nuclei":
-            figures = nuclei(args.folder)
-        elif args.part == "maps":
-            figures = maps(args.folder, args.donors, args.seed)
-        else:
-            figures = reader(args.folder, args.steps, args.batch_size, args.seed, args.test, args.validation)
+        figures = run[args.part]()
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -11,6 +13,10 @@ from PIL import Image
 
 from benchmarks import real_data, real_sets
 from ge2hist_core.config import CELL_TYPES, READER_CLASSES
+from ge2hist_core.model import GE2Hist
+from ge2hist_core.simulator.command import simulate_sections
+from ge2hist_core.simulator.expression import load_genes
+from ge2hist_core.store import TissueStore, write_store
 from ge2hist_core.types import BadInput
 
 
@@ -218,3 +224,47 @@ def test_quarters_share_no_nucleus():
     nuclei = table([10.0, 300.0, 10.0, 505.0], [10.0, 10.0, 300.0, 505.0], ["A"] * 4)
     total = real_data.quartered(nuclei, 250.0, ("A",))
     assert total["n:A"] == 3 and total["area_mm2"] == pytest.approx(0.25)
+
+
+# --- spots ----------------------------------------------------------------------------------------------------------
+
+
+def test_texture_distance_is_nought_to_itself_and_grows_with_foreign_stain():
+    draw = np.random.default_rng(0)
+    real = draw.integers(120, 240, (6, 32, 32, 3), dtype=np.uint8)
+    measure = real_data.TextureDistance(real)
+    assert measure.distance(real, real).tolist() == [0.0] * 6
+    other, foreign = real[::-1].copy(), (real * 0.4).astype(np.uint8)
+    assert measure.distance(foreign, real).mean() > measure.distance(other, real).mean() > 0
+
+
+def test_asked_and_other_spots_are_apart():
+    asked, others = real_data.two_groups(np.arange(10, 31), 8, 0)
+    assert (
+        len(asked) == len(others) == 8
+        and not set(asked) & set(others)
+        and set(asked) | set(others) <= set(range(10, 31))
+    )
+    assert len(real_data.two_groups(np.arange(7), 64, 0)[0]) == 3
+    with pytest.raises(BadInput, match="too few"):
+        real_data.two_groups(np.arange(3), 64, 0)
+
+
+def test_spots_judges_a_bundle_on_sections_it_has_not_seen(tmp_path, tiny_folder, capsys):
+    """Random weights: their pictures are no tissue, copied tiles are."""
+    shutil.copytree(tiny_folder, tmp_path / "bundle")
+    data = tmp_path / "data.zarr"
+    write_store(data, simulate_sections(3, range(3), 128.0), list(load_genes().symbols))
+    model, store = GE2Hist.load(tmp_path / "bundle"), TissueStore(data)
+    asked = ["spots", str(tmp_path / "bundle"), str(data), "--tiles", "6", "--out", str(tmp_path / "figures.json")]
+    assert real_data.main(asked) == 2 and "give the store of its training" in capsys.readouterr().err
+    split = store.split()
+    model.report = {"store": store.identity, "simulation": None, "donors": split, "steps": 7}
+    model.save(tmp_path / "bundle")
+    assert real_data.main(asked) == 0
+    result = json.loads((tmp_path / "figures.json").read_text())
+    assert result["held out"] == split["test"] and result["tiles"] == 6 and result["training"]["steps"] == 7
+    kid = {name: figure["value"] for name, figure in result["figures"]["KID (stain-texture features)"].items()}
+    assert kid["ge2hist"] > kid["nearest-tile"] and kid["ge2hist"] > kid["floor"]
+    assert set(kid) == {"ge2hist", "nearest-tile", "shuffled", "floor", "autoencoder of the real tile"}
+    assert result["read_back"]["real"]["n"] == 6
