@@ -1,8 +1,9 @@
 """How does it fare on real tissue? ``python benchmarks/real_data.py PART FOLDER [--out FILE.json]``.
 
-Parts: ``nuclei`` and ``reader`` on annotated H&E, ``maps`` on cell-type maps; ``spots BUNDLE DATA.zarr`` on a bundle of
-paired spots. What each set is and what was measured: ``docs/real_data.md``. Intervals are 95 %, bootstrap over whole
-images, windows or sections, or over tiles where there is one section, whichever the figure says.
+Parts: ``nuclei`` and ``reader`` on annotated H&E, ``maps`` on cell-type maps, ``cells`` on Xenium cells; ``spots BUNDLE
+DATA.zarr`` on a bundle of paired spots. What each set is and what was measured: ``docs/real_data.md``. Intervals are
+95 %, bootstrap over whole images, windows or sections, or over tiles where there is one section, whichever the figure
+says.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from benchmarks.real_sets import (  # noqa: E402
     CONSEP_UM_PER_PX,
     CRC_CLASSES,
     SIDE,
+    XENIUM_CLASSES,
     Annotated,
     consep,
     crc_map,
     files,
     monuseg,
     nuclei_of,
+    xenium_cells,
 )
 from ge2hist_core import rng  # noqa: E402
 from ge2hist_core.config import UM_PER_PX, VISIBLE_CLASS  # noqa: E402
@@ -449,7 +452,7 @@ def typed_nuclei(folder: Path, sections: Sequence[pd.DataFrame]) -> dict[str, An
         if (table["cell_type"] == "Epithelial").mean() >= TUMOUR:
             found.append(neighbourhood(table, (side, side), classes, NEAR_UM))
     both = {
-        "simulated": with_spread([quartered(t, side, classes) for t in visible]),
+        "simulated": with_spread([summed(quartered(t, (side, side), classes)) for t in visible]),
         "consep": with_spread(found),
     }
     return both | {"apart": {"simulated, consep": apart(both["simulated"], both["consep"])}}
@@ -461,19 +464,84 @@ def untyped_nuclei(folder: Path, sections: Sequence[pd.DataFrame]) -> dict[str, 
     for picture in monuseg(folder / "monuseg"):
         size = (picture.labels.shape[1] * picture.um_per_px, picture.labels.shape[0] * picture.um_per_px)
         found.append(neighbourhood(nuclei_of(picture), size, classes, NEAR_UM))
-    own = [quartered(t.assign(cell_type="Nucleus"), side, classes) for t in sections]
+    own = [summed(quartered(t.assign(cell_type="Nucleus"), (side, side), classes)) for t in sections]
     return {"simulated": with_spread(own), "monuseg": with_spread(found)}
 
 
-def quartered(nuclei: pd.DataFrame, side: float, classes: Sequence[str]) -> pd.Series:
-    """:func:`neighbourhood` summed over the four squares of ``side`` um from the corner of a section on."""
+def quartered(nuclei: pd.DataFrame, size_um: tuple[float, float], classes: Sequence[str]) -> list[pd.Series]:
+    """:func:`neighbourhood` of the four rectangles of this size that meet at ``size_um``."""
     parts = []
-    for x in (0.0, side):
-        for y in (0.0, side):
+    for x in (0.0, size_um[0]):
+        for y in (0.0, size_um[1]):
             moved = nuclei.assign(x_um=nuclei["x_um"] - x, y_um=nuclei["y_um"] - y)
-            moved = moved[moved["x_um"].between(0, side) & moved["y_um"].between(0, side)]
-            parts.append(neighbourhood(moved, (side, side), classes, NEAR_UM))
+            moved = moved[moved["x_um"].between(0, size_um[0]) & moved["y_um"].between(0, size_um[1])]
+            parts.append(neighbourhood(moved, size_um, classes, NEAR_UM))
+    return parts
+
+
+def summed(parts: Sequence[pd.Series]) -> pd.Series:
     return pd.DataFrame(parts).sum()
+
+
+# --- Single cells with places ----------------------------------------------------------------------------------------
+
+
+def cells(folder: Path, donors: int, seed: int) -> dict[str, Any]:
+    """Real Xenium cells through the demo bundle: what z_c and z_e hold; and their neighbourhoods beside simulated ones.
+
+    The probes are fitted on one half of the section and judged on the other, a tile's width apart.
+    """
+    from scipy.spatial import cKDTree
+
+    from ge2hist_core.evaluation.states import separation
+    from ge2hist_core.model import GE2Hist
+    from ge2hist_core.support import OUTSIDE
+
+    model, found = GE2Hist.load(ROOT / "assets" / "demo_bundle"), xenium_cells(folder)
+    kind = np.array([XENIUM_CLASSES.get(name, "") for name in found.cell_type], dtype=object)
+    known = kind != ""
+    xy = np.asarray(found.xy_um, dtype=float)
+    hits = cKDTree(xy).query_ball_point(xy, NICHE_UM / 2, p=np.inf)
+    codes = pd.Index(MAP_CLASSES).get_indexer(kind)
+    niche = np.zeros((len(kind), len(MAP_CLASSES)))
+    for i, near in enumerate(hits):
+        others = codes[[j for j in near if j != i and codes[j] >= 0]]
+        niche[i] = np.sqrt(np.bincount(others, minlength=len(MAP_CLASSES)))
+    embedding = model.embed(found, seed)
+    latent = model.encode(embedding)
+    middle = xy[:, 0].max() / 2
+    inside = known & (xy > NICHE_UM / 2).all(axis=1) & (xy < xy.max(axis=0) - NICHE_UM / 2).all(axis=1)
+    fitted = np.flatnonzero(inside & (xy[:, 0] < middle - NICHE_UM / 2))
+    asked = np.flatnonzero(inside & (xy[:, 0] > middle + NICHE_UM / 2))
+    asked = asked[np.isin(kind[asked], kind[fitted])]
+    probes = separation(
+        latent.take(fitted), kind[fitted], niche[fitted], latent.take(asked), kind[asked], niche[asked],
+        np.asarray(found.donor)[asked], MAP_CLASSES, seed,
+    )  # fmt: skip
+    table = pd.DataFrame({"x_um": xy[known, 0], "y_um": xy[known, 1], "cell_type": kind[known]})
+    size = (float(xy[:, 0].max()) / 2, float(xy[:, 1].max()) / 2)
+    own = [t.assign(cell_type=t["cell_type"].map(AS_MAP)) for t in simulated(donors, seed)]
+    both = {
+        "simulated": with_spread([summed(quartered(t, size, MAP_CLASSES)) for t in own]),
+        "xenium": with_spread(quartered(table, size, MAP_CLASSES)),
+    }
+    read = np.array([AS_MAP[model.cell_types[i]] for i in model.classify(latent).argmax(axis=1)], dtype=object)
+    right = read == kind
+    return {
+        "cells": len(kind),
+        "genes": found.counts.shape[1],
+        "median counts": float(np.median(np.asarray(found.counts.sum(axis=1)))),
+        "types": pd.Series(found.cell_type).value_counts().to_dict(),
+        "outside of the bundle's data": None
+        if model.support is None
+        else float((model.support.p(embedding) < OUTSIDE).mean()),
+        "class as the reference says": {
+            "all": float(right[known].mean()),
+            **{name: float(right[kind == name].mean()) for name in MAP_CLASSES if (kind == name).any()},
+        },
+        "probes": probes,
+        "neighbourhoods": both | {"apart": apart(both["simulated"], both["xenium"])},
+    }
 
 
 # --- Pictures of real paired spots -----------------------------------------------------------------------------------
@@ -532,13 +600,13 @@ def spots(bundle: Path, data: Path, tiles: int, seed: int, work: Path | None) ->
     if not len(training):
         raise BadInput(f"{data} has no section that {bundle} was trained on: give the store of its training.")
 
-    cells, seeds, sample, kept = store.cells.take(rows), noise_seeds(seed, rows), SampleConfig(), Work(work)
+    those, seeds, sample, kept = store.cells.take(rows), noise_seeds(seed, rows), SampleConfig(), Work(work)
     key = [store.identity, rows.tolist(), seed]
     known = model.embed(store.cells.take(training), seed)
-    state = model.encode(model.embed(cells, seed))
+    state = model.encode(model.embed(those, seed))
     methods = [
         own(model, state, seeds, sample, key),
-        *controls(model, store, training, cells, seeds, sample, seed, key, lambda: known),
+        *controls(model, store, training, those, seeds, sample, seed, key, lambda: known),
     ]
     real = store.tiles(rows)
     pictures = {method.name: method.pictures(len(rows), kept) for method in methods}
@@ -600,8 +668,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     child.add_argument("--batch-size", type=int, default=8, help="crops of 48 um")
     child.add_argument("--test", type=int, default=8, help="images to judge on")
     child.add_argument("--validation", type=int, default=4, help="images that set threshold and type bias")
-    child = part("maps", "neighbourhoods of real maps against the simulated tissue")
-    child.add_argument("--donors", type=int, default=24, help="simulated sections")
+    for name, text in (
+        ("maps", "neighbourhoods of real maps against the simulated tissue"),
+        ("cells", "bidcell's Xenium cells through the demo bundle; FOLDER is `data` of its wheel"),
+    ):
+        part(name, text).add_argument("--donors", type=int, default=24, help="simulated sections")
     child = part("spots", "pictures of a bundle of paired spots against real tiles")
     child.add_argument("--tiles", type=int, default=64)
     child.add_argument("--work", type=Path, metavar="DIR", help="keeps the pictures, so that a stopped run goes on")
@@ -610,6 +681,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "nuclei": lambda: nuclei(args.folder),
         "reader": lambda: reader(args.folder, args.steps, args.batch_size, args.seed, args.test, args.validation),
         "maps": lambda: maps(args.folder, args.donors, args.seed),
+        "cells": lambda: cells(args.folder, args.donors, args.seed),
         "spots": lambda: spots(args.bundle, args.data, args.tiles, args.seed, args.work),
     }
     try:

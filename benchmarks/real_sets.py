@@ -16,8 +16,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
-from ge2hist_core.types import BadInput
+from ge2hist_core.types import BadInput, Cells
 
 CONSEP_UM_PER_PX = 0.25
 CONSEP_TYPES = {1: "Miscellaneous", 2: "Inflammatory", 3: "Epithelial", 4: "Spindle"}
@@ -40,6 +41,17 @@ CRC_CLASSES = {
 Left out, as if they had no label: the muscle wall (Smooth Muscle, SM Stress Response, Unknown III (SM)), Enteric Glial,
 Adipocyte, Mast, and Proliferating Immune II, which may be several.
 """
+XENIUM_CLASSES = {
+    **dict.fromkeys(["Epithelial", "Malignant"], "Epithelium"),
+    **dict.fromkeys(["Fibroblasts", "Myofibroblasts", "SMC"], "Stroma"),
+    "Endothelial": "Endothelium",
+    **dict.fromkeys(["CD4Tconv/Treg", "CD8T/CD8Tex", "NK"], "T cell"),
+    "B": "B cell",
+    "Plasma": "Plasma cell",
+    **dict.fromkeys(["Mono/Macro", "DC", "Neutrophils"], "Myeloid"),
+}
+"""Types of the breast reference in the coarse classes of :data:`CRC_CLASSES`; Mast has none."""
+LEAST_COUNTS = 10
 
 
 class Annotated(NamedTuple):
@@ -159,3 +171,52 @@ def crc_map(path: Path) -> np.ndarray:
     out = np.full(place.max(axis=0) + 1, "", dtype=object)
     out[place[:, 0], place[:, 1]] = label.to_numpy(dtype=object)
     return out
+
+
+def xenium_cells(folder: Path) -> Cells:
+    """Cells of bidcell's Xenium example, ``data`` of its wheel: transcripts over a nucleus, summed, at their middle.
+
+    Nuclei of fewer than ten such transcripts are left out. Types are not annotated: :func:`most_like`.
+    """
+    (table,) = files(folder / "dataset_xenium_breast1_small", "transcripts_small.csv", "bidcell's example")
+    (reference,) = files(folder / "sc_references", "sc_breast.csv", "bidcell's example")
+    columns = ["cell_id", "overlaps_nucleus", "feature_name", "x_location", "y_location"]
+    seen = pd.read_csv(table, usecols=columns)
+    corner = seen[["x_location", "y_location"]].min().to_numpy()
+    seen = seen[(seen["cell_id"] > 0) & (seen["overlaps_nucleus"] == 1)]
+    cell, ids = pd.factorize(seen["cell_id"])
+    gene, genes = pd.factorize(seen["feature_name"], sort=True)
+    counts = sp.coo_array((np.ones(len(seen)), (cell, gene)), shape=(len(ids), len(genes))).tocsr()
+    xy = seen.groupby(cell)[["x_location", "y_location"]].mean().to_numpy() - corner
+    kept = np.asarray(counts.sum(axis=1)).ravel() >= LEAST_COUNTS
+    counts, genes = sp.csr_matrix(counts[kept], dtype=np.float32), np.asarray(genes, dtype=object)
+    profiles = pd.read_csv(reference, index_col=0)
+    means = profiles.drop(columns=["ct_idx", "atlas"]).groupby("cell_type").mean()
+    return Cells(
+        counts=counts,
+        genes=genes,
+        cell_id=np.array([f"cell{i}" for i in ids[kept]], dtype=object),
+        cell_type=most_like(counts, genes, means),
+        donor=np.full(int(kept.sum()), "xenium", dtype=object),
+        xy_um=xy[kept],
+        source="bidcell",
+    )
+
+
+def most_like(counts: sp.csr_matrix, genes: np.ndarray, means: pd.DataFrame) -> np.ndarray:
+    """``[cell]`` row of ``means [type, gene]`` (log scale) with which a cell's log counts correlate best.
+
+    Genes that both have, each centred over the cells and over the types: what is high everywhere says nothing.
+    """
+    shared = [gene for gene in genes if gene in means.columns]
+    at = pd.Index(genes).get_indexer(shared)
+    dense = np.asarray(counts[:, at].todense(), dtype=float)
+    cells = np.log1p(1e3 * dense / np.maximum(dense.sum(axis=1, keepdims=True), 1.0))
+
+    def centred(x: np.ndarray) -> np.ndarray:
+        x = x - x.mean(axis=0)
+        x = x - x.mean(axis=1, keepdims=True)
+        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
+
+    best = (centred(cells) @ centred(means[shared].to_numpy(dtype=float)).T).argmax(axis=1)
+    return means.index.to_numpy(dtype=object)[best]

@@ -222,8 +222,37 @@ def test_windows_need_labels_and_tumour():
 
 def test_quarters_share_no_nucleus():
     nuclei = table([10.0, 300.0, 10.0, 505.0], [10.0, 10.0, 300.0, 505.0], ["A"] * 4)
-    total = real_data.quartered(nuclei, 250.0, ("A",))
+    total = real_data.summed(real_data.quartered(nuclei, (250.0, 250.0), ("A",)))
     assert total["n:A"] == 3 and total["area_mm2"] == pytest.approx(0.25)
+
+
+# --- cells ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def xenium_folder(tmp_path):
+    """Two nuclei of 12 transcripts, one of 3, some transcripts outside of nuclei and of no cell."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for cell, n, gene, x in ((7, 12, "EPCAM", 110.0), (9, 12, "CD3D", 150.0), (11, 3, "CD3D", 170.0)):
+        rows += [(cell, 1, gene, x + dx, 230.0 + dx) for dx in draw.normal(0, 1, n)]
+    rows += [(7, 0, "CD3D", 118.0, 230.0)] * 20 + [(-1, 0, "ACTB", 100.0, 200.0)]
+    columns = ["cell_id", "overlaps_nucleus", "feature_name", "x_location", "y_location"]
+    (tmp_path / "dataset_xenium_breast1_small").mkdir()
+    (tmp_path / "sc_references").mkdir()
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "dataset_xenium_breast1_small" / "transcripts_small.csv")
+    profiles = {"ACTB": [5.0, 5.2, 5.1], "CD3D": [0.1, 0.2, 3.0], "EPCAM": [4.0, 4.4, 0.2], "ct_idx": [0.0, 0.0, 1.0]}
+    kind = {"cell_type": ["Malignant", "Malignant", "CD8T/CD8Tex"], "atlas": ["a", "b", "a"]}
+    pd.DataFrame(profiles | kind).to_csv(tmp_path / "sc_references" / "sc_breast.csv")
+    return tmp_path
+
+
+def test_cells_hold_what_lies_over_their_nuclei(xenium_folder):
+    cells = real_sets.xenium_cells(xenium_folder)
+    assert cells.cell_id.tolist() == ["cell7", "cell9"] and cells.counts.sum() == 24
+    assert cells.cell_type.tolist() == ["Malignant", "CD8T/CD8Tex"]
+    np.testing.assert_allclose(cells.xy_um, [[10, 30], [50, 30]], atol=1.5)
+    assert set(real_sets.XENIUM_CLASSES.values()) == set(real_data.MAP_CLASSES)
 
 
 # --- spots ----------------------------------------------------------------------------------------------------------
