@@ -1,18 +1,18 @@
 """``python -m perturb compare A.json B.json ... --out DIR``: several recipes on the same noise, side by side.
 
-The files are those that the Compare page gives: a report of each scenario in a folder of its own, and two tables across
-them. Scenarios take seeds, sampler and encoder seed from the first.
+The files are those that the Compare page gives: one page with all scenarios side by side, two tables across them, and a
+report of each scenario in a folder of its own. Scenarios take seeds, sampler and encoder seed from the first.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ge2hist_core.types import BadInput, Cells
+from perturb.grn import pack_network
 from perturb.workspace import Workspace, contrast_table, effects_table
 
 if TYPE_CHECKING:
@@ -41,26 +41,44 @@ def comparison_files(
     ------
     BadInput: an unknown reference; results or cells that do not belong to the scenarios.
     """
-    from perturb.page import csv_bytes, json_bytes, readme
+    from perturb import scenario_report
+    from perturb.page import csv_bytes, file_name, json_bytes, noted, readme
     from perturb.report import report_files
 
     if [result.recipe for result in results] != list(workspace.on_shared_noise):
         raise BadInput("The results are not those of the scenarios: draw the scenarios again.")
     names = [scenario.name for scenario in workspace.scenarios]
     contrasts = contrast_table(names, results, reference)
-    files = {"effects.csv": csv_bytes(effects_table(names, results))}
-    said = {"effects.csv": "paired effect of each scenario's edits: edited minus unedited, with interval, p and q"}
+    files = {
+        "comparison.html": scenario_report.html(workspace, results, reference).encode(),
+        "comparison.pdf": scenario_report.pdf(workspace, results, reference),
+        "effects.csv": csv_bytes(effects_table(names, results)),
+    }
+    said = {
+        "comparison.html": "all scenarios side by side as one page, interactive, needs no network",
+        "comparison.pdf": "the same for print and mail",
+        "effects.csv": "paired effect of each scenario's edits: edited minus unedited, with interval, p and q",
+    }
     if len(contrasts):
         files["contrasts.csv"] = csv_bytes(contrasts)
         said["contrasts.csv"] = f"paired difference of each scenario to {_line(reference)}, with interval, p and q"
-    files["workspace.json"] = json_bytes(workspace.to_dict())
-    said["workspace.json"] = "the list of scenarios: the Compare page opens it"
+    files["workspace.json"] = json_bytes(noted(workspace.to_dict() | {"reference": reference}))
+    said["workspace.json"] = (
+        "the list of scenarios: the Compare page opens it, `python -m perturb replay` runs it again"
+    )
+    provenance = scenario_report.provenance(workspace, results, reference)
+    files["provenance.json"] = json_bytes(noted(provenance))
+    said["provenance.json"] = "versions and hashes that the numbers were made with"
+    networks = [pack_network(result.network) for result in results if result.network is not None]
+    if networks:
+        files["networks.json"] = json_bytes(noted({"networks": networks}))
+        said["networks.json"] = "the networks through which edits were spread"
     for i, (name, result, some) in enumerate(zip(names, results, cells, strict=True)):
-        folder = f"{i + 1}_{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')[:40] or 'scenario'}/"
+        folder = f"{i + 1}_{file_name(name) or 'scenario'}/"
         said[folder] = f"report of {_line(name)}: `python -m perturb replay` runs this folder again"
         files |= {folder + inner: content for inner, content in report_files(result, some).items()}
     further = "Every number and picture here comes from a generative model. It is no measurement."
-    n = len(results[0].recipe.seeds) if results else 0
+    n = len(results[0].recipe.seeds)
     title = f"{len(names)} scenarios on the same noise, {n} seed{'s' * (n != 1)} each"
     return files | {"README.txt": readme(title, said, further)}
 
@@ -101,7 +119,7 @@ def contrast_chart(table: pd.DataFrame, readout: str, reference: str, theme: str
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``python -m perturb compare``."""
     parser.add_argument("recipes", nargs="+", help="two to eight recipe.json; each scenario is called like its file")
-    parser.add_argument("--out", required=True, help="folder for the tables and a report of each scenario")
+    parser.add_argument("--out", required=True, help="folder for the comparison and a report of each scenario")
     parser.add_argument("--reference", type=int, default=1, help="number of the scenario to compare with, from 1")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
     parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="the h5ad that the recipes were made with")

@@ -156,7 +156,7 @@ class Screen:
 
     @classmethod
     def from_dict(cls, value: object) -> Screen:
-        """Inverse of :meth:`to_dict`.
+        """Inverse of :meth:`to_dict`; a report's ``notice`` does not matter.
 
         Raises
         ------
@@ -166,6 +166,7 @@ class Screen:
         cure = "give a screen.json that GE2Hist wrote"
         if not isinstance(value, dict):
             raise BadInput(f"The screen is no table of fields: {cure}.")
+        value = {name: part for name, part in value.items() if name != "notice"}
         for name in (*names, *value):
             if name not in value or name not in names:
                 raise BadInput(f"The screen has {'an unknown' if name in value else 'no'} field {name!r}: {cure}.")
@@ -732,7 +733,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=sample.steps)
     parser.add_argument("--guidance", type=float, default=sample.guidance)
     parser.add_argument("--encoder-seed", type=int, default=0)
-    parser.add_argument("--out", required=True, help="folder for report and tables")
+    parser.add_argument("--out", required=True, help="folder for report, tables, pictures and h5ad")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
     parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="h5ad or store with raw counts")
     parser.add_argument("--matrix", metavar="NAME", help="X, raw.X or a layer (default: raw counts that are found)")
@@ -742,7 +743,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Screen and write the report, both tables among its files.
+    """Screen and write the report: pages, tables, pictures and the h5ad of the candidates that were tested.
 
     Raises
     ------
@@ -752,7 +753,7 @@ def main(args: argparse.Namespace) -> None:
     from ge2hist_core.model import GE2Hist
     from perturb.cache import DiskCache
     from perturb.run import cells_for, print_progress
-    from perturb.screen_report import headline, write_report
+    from perturb.screen_report import drawn_results, headline, write_report
     from perturb.wording import Origin
 
     sample = SampleConfig(args.solver, args.steps, args.guidance)
@@ -781,8 +782,9 @@ def main(args: argparse.Namespace) -> None:
             client = stack.enter_context(_client(args.scheduler))
             draw = on_cluster(client, str(Path(args.bundle).resolve()), str(Path(args.cells).resolve()), cache)
         result = run_screen(screen, model, cells, cache, draw=draw, on_progress=print_progress())
+        drawn = drawn_results(screen, result, cache, lambda one: run(one, model, cells, cache=cache))
     print(headline(result, screen))
-    for path in write_report(screen, result, Origin.of_model(model, cells), args.out):
+    for path in write_report(screen, result, Origin.of_model(model, cells), args.out, drawn, cells):
         print(path)
 
 
