@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from perturb.recipe import Recipe
     from perturb.result import Result
 
-__all__ = ["comparison_files", "contrast_chart", "zip_bytes"]
+__all__ = ["comparison_files", "contrast_chart", "recipe_cells", "zip_bytes"]
 
 
 def comparison_files(
@@ -154,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
     cache = DiskCache(args.cache) if args.cache else None
     networks = _networks(args.network)
     recipes = workspace.on_shared_noise
-    cells = [_cells(recipe, args.cells, model) for recipe in recipes]
+    cells = [recipe_cells(recipe, args.cells, model) for recipe in recipes]
     results = [
         run(recipe, model, some, network=_network(recipe, networks, path), cache=cache, on_progress=print_progress())
         for recipe, some, path in zip(recipes, cells, args.recipes, strict=True)
@@ -164,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
         print(written)
 
 
-def _cells(recipe: Recipe, path: str, model: GE2Hist) -> Cells:
+def recipe_cells(recipe: Recipe, path: str, model: GE2Hist) -> Cells:
     """The recipe's cells, read as the recipe says."""
     from ge2hist_core.data import open_cells
     from perturb.run import cells_for

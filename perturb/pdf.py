@@ -324,8 +324,8 @@ def _screen_pictures(drawn: Mapping[str, Result]) -> Iterator[Figure]:
     figure = _page()
     y = _write(figure, TOP, "The clearest candidates, before and after", 14, WIDTH, weight="bold")
     said = (
-        f"Generated: cell {recipe.cell_ids[0]}, noise seed {recipe.seeds[0]}, the first of the further seeds. One picture "
-        "is one draw of the model; the tables are over all seeds."
+        f"Generated: cell {recipe.cell_ids[0]}, noise seed {recipe.seeds[0]}, the first of the further seeds. One "
+        "picture is one draw of the model; the tables are over all seeds."
     )
     y = _write(figure, y - 0.008, said, 9, 104, color="#555555")
     images: list[tuple[str, np.ndarray]] = []

@@ -204,7 +204,7 @@ def report_files(
     BadInput: cells other than those of the screen.
     """
     drawn = drawn or {}
-    provenance = {"screen_sha256": screen.hash, "complete": result.complete, **_provenance(origin)}
+    provenance = {"screen_sha256": screen.hash, "complete": result.complete, **origin.provenance}
     files = {
         "report.html": html(screen, result, origin, drawn).encode(),
         "report.pdf": pdf(screen, result, origin, drawn),
@@ -379,21 +379,12 @@ def _tags(names: Sequence[str]) -> list[str]:
     return [entities.escape(name.removesuffix(" knocked out")) for name in names]
 
 
-def _provenance(origin: Origin) -> dict[str, Any]:
-    return {
-        "source": origin.source,
-        "scgpt_sha256": origin.scgpt_sha256,
-        "engine": origin.engine,
-        "versions": origin.versions,
-    }
-
-
 def _machine(screen: Screen, result: ScreenResult, origin: Origin) -> dict[str, Any]:
     """What :mod:`perturb.replay` reads from the page."""
     return {
         "screen": screen.to_dict(),
         "complete": result.complete,
-        "provenance": _provenance(origin),
+        "provenance": origin.provenance,
         "guess": csv_bytes(result.guess).decode(),
         "confirmed": csv_bytes(result.confirmed).decode(),
     }

@@ -77,8 +77,8 @@ REFERENCES = {
 }
 
 ALLOWANCE = (
-    "Intervals allow for further pairs to differ by half of what one nucleus makes of a readout (two added values, as in "
-    "Agresti and Coull 1998)."
+    "Intervals allow for further pairs to differ by half of what one nucleus makes of a readout (two added values, as "
+    "in Agresti and Coull 1998)."
 )
 
 SOURCES = Path(__file__).parents[1] / "assets" / "SOURCES.md"
@@ -148,6 +148,11 @@ class Origin:
             um_per_px=config.um_per_px,
             model_card=path.read_text(encoding="utf-8") if path is not None and path.exists() else "",
         )
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """As a report's ``provenance.json`` holds it."""
+        return {name: getattr(self, name) for name in ("source", "scgpt_sha256", "engine", "versions")}
 
     def facts(self, recipe: Recipe) -> list[tuple[str, str]]:
         """Versions, hashes, sampler and encoder seed: two columns."""
@@ -326,16 +331,17 @@ def _statistics(n_cells: int, n_seeds: int, adjusted: str) -> str:
         return (
             f"Effects are mean paired differences (edited - unedited) with {100 * LEVEL:g} % intervals over {n_cells} "
             f"cells and {n_seeds} noise seeds as two crossed random factors (mean squares; Student's quantiles, "
-            f"degrees of freedom of Satterthwaite 1946). {ALLOWANCE} P-values are two-sided and of that test, under the "
-            f"null hypothesis that the mean difference over cells and seeds is zero{_q(adjusted)}."
+            f"degrees of freedom of Satterthwaite 1946). {ALLOWANCE} P-values are two-sided and of that test, under "
+            f"the null hypothesis that the mean difference over cells and seeds is zero{_q(adjusted)}."
         )
     unit, n = ("cell", n_cells) if n_cells > 1 else ("noise seed", n_seeds)
     flips = f"all {2**n:,} sign patterns" if n <= EXACT_UP_TO else f"{N_FLIPS:,} random sign patterns"
     return (
         f"Effects are mean paired differences (edited - unedited) with {100 * LEVEL:g} % bootstrap intervals over "
         f"{unit}s ({N_BOOTSTRAP:,} resamples, percentile levels expanded for small samples; Hesterberg 2015). "
-        f"{ALLOWANCE} P-values are two-sided sign-flip p-values under the null hypothesis that the paired differences, one per {unit} (n = "
-        f"{n}), are symmetric about zero ({flips}; the smallest possible p is {smallest_p(n_cells, n_seeds):.2g}; "
+        f"{ALLOWANCE} P-values are two-sided sign-flip p-values under the null hypothesis that the paired differences, "
+        f"one per {unit} (n = {n}), are symmetric about zero ({flips}; the smallest possible "
+        f"p is {smallest_p(n_cells, n_seeds):.2g}; "
         f"Phipson and Smyth 2010){_q(adjusted)}."
     )
 
@@ -400,8 +406,8 @@ def scenarios_method(names: Sequence[str], results: Sequence[Result], reference:
         f"{_count(len(results), 'scenario')} ({what}) were drawn from raw counts ({origin.source}, SHA-256 "
         f"{recipe.data_sha256}). {_drawing(recipe, origin)} Each cell was drawn without and with the scenario's edits "
         f"with {_count(n_seeds, 'noise seed')} ({seeds_in_words(recipe.seeds)}); all arms of all scenarios shared all "
-        f"noise of a seed. {_reading()} {statistics} {contrasts}{_made_with(recipe, origin)} All pictures are generated; "
-        "intervals and p-values speak of this model's answer, not of donors or repeated experiments."
+        f"noise of a seed. {_reading()} {statistics} {contrasts}{_made_with(recipe, origin)} All pictures are "
+        "generated; intervals and p-values speak of this model's answer, not of donors or repeated experiments."
     )
 
 
