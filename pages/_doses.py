@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ge2hist_core.model import GE2Hist
+    from perturb.grn import Network
     from perturb.result import Result
     from perturb.signatures import Signature
 
@@ -49,10 +50,26 @@ def dose_panel(result: Result, model: GE2Hist) -> None:
     table = load_doses(series, _ui.get_cache())
     if table is not None:
         _show(table, signature)
+        st.download_button(
+            "Report (ZIP)",
+            partial(_report, series, table, signature, result, _ui.network_of(recipe)),
+            f"ge2hist-doses-{key[:8]}.zip",
+            "application/zip",
+            key="download dose report",
+            on_click="ignore",
+            icon=":material/download:",
+        )
         return
     pictures = 7 * len(recipe.cell_ids) * len(recipe.seeds)
     label = f"Draw seven doses over {len(recipe.seeds)} seeds ({pictures:,} pictures)"
     _ui.offer(key, label, partial(_prepare, series, model, source, recipe), name="run doses")
+
+
+def _report(series: Any, table: pd.DataFrame, signature: Signature, result: Result, network: Network | None) -> bytes:
+    from perturb.dose_report import zip_bytes
+    from perturb.wording import Origin
+
+    return zip_bytes(series, table, signature, Origin.of_result(result), network)
 
 
 def _at_hand(result: Result, genes: list[str]) -> tuple[dict[str, Signature], list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,15 +16,16 @@ if TYPE_CHECKING:
     from perturb.result import Result
     from perturb.screen import Screen, ScreenResult
 
-File = tuple[str, str, str, "str | Callable[[], bytes | str]"]
+File = tuple[str, str, str, "bytes | Callable[[], bytes | str]"]
 """Label, ending, MIME type, content."""
 
 
 def result_downloads(result: Result, evidence: Evidence | None, cells: Callable[[], Cells]) -> None:
     """Of a comparison and the evidence on it. ``cells`` gives those that it was made from, for the h5ad."""
     from perturb import report
+    from perturb.page import json_bytes, noted
 
-    recipe = json.dumps(result.recipe.to_dict(), indent=1, ensure_ascii=False)
+    recipe = json_bytes(noted(result.recipe.to_dict()))
 
     def everything() -> bytes:
         return report.zip_bytes(result, cells(), evidence=evidence)
@@ -45,22 +45,27 @@ def result_downloads(result: Result, evidence: Evidence | None, cells: Callable[
 
 
 def screen_downloads(screen: Screen, result: ScreenResult, model: GE2Hist, cells: Cells) -> None:
-    """Of a screen, whole or in part."""
+    """Of a screen, whole or in part; pictures as far as the cache still has them."""
     from perturb import screen_report
     from perturb.wording import Origin
 
-    def origin() -> Origin:
-        return Origin.of_model(model, cells)
+    def parts() -> tuple[Screen, ScreenResult, Origin, dict[str, Result]]:
+        drawn = screen_report.drawn_results(screen, result, _ui.get_cache())
+        return screen, result, Origin.of_model(model, cells), drawn
 
-    _buttons(
-        f"ge2hist-screen-{screen.hash[:8]}",
-        "screen downloads",
-        (
-            ("Report (HTML)", "html", "text/html", lambda: screen_report.html(screen, result, origin())),
-            ("Report (PDF)", "pdf", "application/pdf", lambda: screen_report.pdf(screen, result, origin())),
-            ("Everything (ZIP)", "zip", "application/zip", lambda: screen_report.zip_bytes(screen, result, origin())),
-        ),
+    def h5ad() -> bytes:
+        return screen_report.h5ad(screen, screen_report.drawn_results(screen, result, _ui.get_cache()), cells)
+
+    def everything() -> bytes:
+        return screen_report.zip_bytes(*parts(), cells)
+
+    files: tuple[File, ...] = (
+        ("Report (HTML)", "html", "text/html", lambda: screen_report.html(*parts())),
+        ("Report (PDF)", "pdf", "application/pdf", lambda: screen_report.pdf(*parts())),
+        ("Cells (h5ad)", "h5ad", "application/x-hdf5", h5ad),
+        ("Everything (ZIP)", "zip", "application/zip", everything),
     )
+    _buttons(f"ge2hist-screen-{screen.hash[:8]}", "screen downloads", files)
 
 
 def _buttons(name: str, key: str, files: tuple[File, ...]) -> None:

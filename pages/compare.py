@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from functools import partial
 from pathlib import Path
@@ -170,6 +169,8 @@ def _rename(workspace: Workspace, i: int) -> None:
 
 
 def _file(workspace: Workspace) -> None:
+    from perturb.page import json_bytes, noted
+
     st.markdown("#### Workspace")
     st.caption(
         f"The list is kept on this server until {MAX_AGE_DAYS} days after it was last saved or opened. Whoever opens "
@@ -178,7 +179,7 @@ def _file(workspace: Workspace) -> None:
     )
     st.download_button(
         "Save as a file",
-        json.dumps(workspace.to_dict(), indent=1, ensure_ascii=False),
+        json_bytes(noted(workspace.to_dict())),
         "workspace.json",
         "application/json",
         key="download workspace",

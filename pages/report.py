@@ -103,17 +103,23 @@ def _describe(edits: object, recipe: Recipe, seeds: int) -> None:
 
 def _report(uploaded: Any, model: GE2Hist) -> None:
     """An uploaded report: what it is, a button, progress, the verdict."""
+    from perturb.goal import Goal
     from perturb.recipe import Recipe
     from perturb.replay import changed_versions, parse_report
+    from perturb.screen import Screen
+    from perturb.workspace import Workspace
 
     content = uploaded.getvalue()
     saved = parse_report(content, uploaded.name)
-    path = _place(saved.recipe, model, saved.network)
-    if isinstance(saved.what, Recipe):
-        _describe(saved.what.perturbation, saved.what, len(saved.what.seeds))
-    else:
-        of = f"screen of {len(saved.what.candidates)} candidates, {saved.what.pictures} pictures"
+    path = [_place(recipe, model, saved.network_of(recipe)) for recipe in saved.recipes][-1]
+    if isinstance(saved.what, Screen | Goal):
+        kind = "screen of" if isinstance(saved.what, Screen) else "search among"
+        of = f"{kind} {len(saved.what.candidates)} candidates, {saved.what.pictures} pictures"
         _describe(of, saved.recipe, len(saved.what.first_seeds) + len(saved.what.further_seeds))
+    else:
+        many = f"{len(saved.recipes)} {'scenarios' if isinstance(saved.what, Workspace) else 'doses'}"
+        of = str(saved.what.perturbation) if isinstance(saved.what, Recipe) else many
+        _describe(of, saved.recipe, len(saved.recipe.seeds))
     key = hashlib.sha256(b"replay" + content).hexdigest()
     verdict = _ui.get_cache().load_json(key)
     label = "Replay it" if verdict is None else "Replay it again"
@@ -129,8 +135,14 @@ def _report(uploaded: Any, model: GE2Hist) -> None:
 
 
 def _prepare(key: str, saved: SavedReport, path: Path, model: GE2Hist) -> Callable[..., object]:
-    recipe, cache = saved.recipe, _ui.get_cache()
-    cells = _ui.get_cells(recipe, _ui.get_source(path, model, recipe.matrix, recipe.gene_column))
+    from perturb.workspace import Workspace
+
+    cache = _ui.get_cache()
+    each = [
+        _ui.get_cells(recipe, _ui.get_source(path, model, recipe.matrix, recipe.gene_column))
+        for recipe in (saved.recipes if isinstance(saved.what, Workspace) else (saved.recipe,))
+    ]
+    cells = each if isinstance(saved.what, Workspace) else each[0]
 
     def task(**how: Any) -> None:
         from perturb.replay import rerun

@@ -29,6 +29,7 @@ __all__ = [
     "effects",
     "ranking",
     "readable",
+    "scenario_panels",
     "scenarios",
     "spacing",
     "tradeoff",
@@ -43,6 +44,8 @@ THEMES = {
 
 ARMS = (("base", "Unedited"), ("edited", "Edited"))
 ALL = "All nuclei"
+SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "hexagon", "cross")
+"""Markers of scenarios, which have no colour of their own."""
 
 
 def density(summary: pd.DataFrame, theme: str = "light") -> go.Figure:
@@ -248,7 +251,7 @@ def dose_response(
         line={"width": 1, "color": THEMES[theme]["muted"]},
         hovertemplate=_hover("Edited - unedited", "Dose %{x:g}", "%{y:.3g}", ":.3g", unit),
     )
-    figure.update_xaxes(title_text=f"Dose ({dose_unit})")
+    figure.update_xaxes(title_text=f"Dose ({escape(dose_unit, quote=False)})")
     figure.update_yaxes(title_text=f"Edited - unedited ({unit})")
     return _finish(figure, theme, f"Dose response: {readable(readout)}")
 
@@ -312,7 +315,7 @@ def scenarios(table: pd.DataFrame, readout: str, theme: str = "light") -> go.Fig
     colour = _colour(readout.partition(":")[2] or ALL, theme)
     figure.add_scatter(
         x=rows["effect"],
-        y=rows["scenario"],
+        y=[escape(" ".join(name.split())) for name in rows["scenario"]],
         error_x=_error(rows, "effect", theme),
         customdata=rows[["low", "high", "n"]],
         mode="markers",
@@ -329,6 +332,69 @@ def scenarios(table: pd.DataFrame, readout: str, theme: str = "light") -> go.Fig
     figure.update_yaxes(type="category")
     _finish(figure, theme, "Effect by scenario; filled: q < 0.05")
     return figure.update_layout(height=180 + 34 * len(rows))
+
+
+def scenario_panels(effects: pd.DataFrame, contrasts: pd.DataFrame, theme: str = "light") -> go.Figure:
+    """Every readout of several scenarios with intervals, one legend: effects on the left, contrasts on the right.
+
+    One row of panels per unit. A scenario has a marker of its own shape, filled where q < 0.05; colours mean types.
+
+    Parameters
+    ----------
+    effects: ``scenario, readout, unit, effect, low, high, p, q, n`` (:func:`perturb.workspace.effects_table`).
+    contrasts: the same and ``reference`` (:func:`perturb.workspace.contrast_table`); without rows there is no right
+        side.
+    """
+    names = list(dict.fromkeys(effects["scenario"]))
+    units = {unit: list(dict.fromkeys(rows["readout"]))[::-1] for unit, rows in effects.groupby("unit", sort=False)}
+    sides = [(effects, "Edited - unedited")]
+    if len(contrasts):
+        sides.append((contrasts, f"Scenario - {escape(' '.join(contrasts['reference'].iloc[0].split()))}"))
+    n_rows = max(len(units), 1)
+    figure = make_subplots(
+        rows=n_rows,
+        cols=len(sides),
+        shared_yaxes=True,
+        row_heights=[len(readouts) + 0.5 for readouts in units.values()] or None,
+        vertical_spacing=0.35 / n_rows if n_rows > 1 else 0.0,
+        horizontal_spacing=0.04,
+    )
+    ink, step = THEMES[theme]["ink"], 0.7 / max(len(names), 1)
+    for i, name in enumerate(names):
+        shape, label = SHAPES[i % len(SHAPES)], escape(" ".join(name.split()))
+        marker: dict[str, object] = {"size": 9, "color": ink, "symbol": shape}
+        # An empty trace bears the name: the shape in the legend is filled whatever the first point is.
+        figure.add_scatter(x=[None], y=[None], mode="markers", name=label, legendgroup=name, marker=marker)
+        for column, (table, arm) in enumerate(sides, start=1):
+            for row, (unit, readouts) in enumerate(units.items(), start=1):
+                part = table[(table["scenario"] == name) & (table["unit"] == unit)]
+                scale, shown = (100.0, "percentage points") if unit == "fraction" else (1.0, unit)
+                part = part.assign(**{key: part[key] * scale for key in ("effect", "low", "high")})
+                figure.add_scatter(
+                    x=part["effect"],
+                    y=[readouts.index(one) - step * (i - (len(names) - 1) / 2) for one in part["readout"]],
+                    error_x=_error(part, "effect", theme) | {"width": 2},
+                    customdata=part[["low", "high", "n", "p", "q"]],
+                    text=[f"{label}, {readable(one)}" for one in part["readout"]],
+                    mode="markers",
+                    legendgroup=name,
+                    showlegend=False,
+                    marker=marker | {"symbol": [shape if q < 0.05 else f"{shape}-open" for q in part["q"]]},
+                    hovertemplate=_hover(arm, "%{text}", "%{x:.3g}", ":.3g", shown).replace(
+                        "<extra>", "<br>p = %{customdata[3]:.2g}, q = %{customdata[4]:.2g}<extra>"
+                    ),
+                    row=row,
+                    col=column,
+                )
+                figure.update_xaxes(title_text=f"{arm} ({shown})", title_font_size=12, row=row, col=column)
+    for row, readouts in enumerate(units.values(), start=1):
+        for column in range(1, len(sides) + 1):
+            figure.add_vline(x=0, line={"color": THEMES[theme]["muted"], "dash": "dot"}, row=row, col=column)
+            ticks = {"tickvals": list(range(len(readouts))), "ticktext": [_label(one) for one in readouts]}
+            figure.update_yaxes(**ticks, range=[-0.6, len(readouts) - 0.4], row=row, col=column)
+    _finish(figure, theme, "Filled: q < 0.05")
+    lines = sum(len(readouts) for readouts in units.values())
+    return figure.update_layout(height=140 + 70 * n_rows + (14 + 11 * len(names)) * lines)
 
 
 def tradeoff(table: pd.DataFrame, theme: str = "light") -> go.Figure:

@@ -1,18 +1,18 @@
 """``python -m perturb compare A.json B.json ... --out DIR``: several recipes on the same noise, side by side.
 
-The files are those that the Compare page gives: a report of each scenario in a folder of its own, and two tables across
-them. Scenarios take seeds, sampler and encoder seed from the first.
+The files are those that the Compare page gives: one page with all scenarios side by side, two tables across them, and a
+report of each scenario in a folder of its own. Scenarios take seeds, sampler and encoder seed from the first.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ge2hist_core.types import BadInput, Cells
+from perturb.grn import pack_network
 from perturb.workspace import Workspace, contrast_table, effects_table
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from perturb.recipe import Recipe
     from perturb.result import Result
 
-__all__ = ["comparison_files", "contrast_chart", "zip_bytes"]
+__all__ = ["comparison_files", "contrast_chart", "recipe_cells", "zip_bytes"]
 
 
 def comparison_files(
@@ -41,22 +41,40 @@ def comparison_files(
     ------
     BadInput: an unknown reference; results or cells that do not belong to the scenarios.
     """
-    from perturb.page import csv_bytes, json_bytes, readme
+    from perturb import scenario_report
+    from perturb.page import csv_bytes, file_name, json_bytes, noted, readme
     from perturb.report import report_files
 
     if [result.recipe for result in results] != list(workspace.on_shared_noise):
         raise BadInput("The results are not those of the scenarios: draw the scenarios again.")
     names = [scenario.name for scenario in workspace.scenarios]
     contrasts = contrast_table(names, results, reference)
-    files = {"effects.csv": csv_bytes(effects_table(names, results))}
-    said = {"effects.csv": "paired effect of each scenario's edits: edited minus unedited, with interval, p and q"}
+    files = {
+        "comparison.html": scenario_report.html(workspace, results, reference).encode(),
+        "comparison.pdf": scenario_report.pdf(workspace, results, reference),
+        "effects.csv": csv_bytes(effects_table(names, results)),
+    }
+    said = {
+        "comparison.html": "all scenarios side by side as one page, interactive, needs no network",
+        "comparison.pdf": "the same for print and mail",
+        "effects.csv": "paired effect of each scenario's edits: edited minus unedited, with interval, p and q",
+    }
     if len(contrasts):
         files["contrasts.csv"] = csv_bytes(contrasts)
         said["contrasts.csv"] = f"paired difference of each scenario to {_line(reference)}, with interval, p and q"
-    files["workspace.json"] = json_bytes(workspace.to_dict())
-    said["workspace.json"] = "the list of scenarios: the Compare page opens it"
+    files["workspace.json"] = json_bytes(noted(workspace.to_dict() | {"reference": reference}))
+    said["workspace.json"] = (
+        "the list of scenarios: the Compare page opens it, `python -m perturb replay` runs it again"
+    )
+    provenance = scenario_report.provenance(workspace, results, reference)
+    files["provenance.json"] = json_bytes(noted(provenance))
+    said["provenance.json"] = "versions and hashes that the numbers were made with"
+    networks = [pack_network(result.network) for result in results if result.network is not None]
+    if networks:
+        files["networks.json"] = json_bytes(noted({"networks": networks}))
+        said["networks.json"] = "the networks through which edits were spread"
     for i, (name, result, some) in enumerate(zip(names, results, cells, strict=True)):
-        folder = f"{i + 1}_{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')[:40] or 'scenario'}/"
+        folder = f"{i + 1}_{file_name(name) or 'scenario'}/"
         said[folder] = f"report of {_line(name)}: `python -m perturb replay` runs this folder again"
         files |= {folder + inner: content for inner, content in report_files(result, some).items()}
     further = "\n".join(
@@ -65,7 +83,7 @@ def comparison_files(
             "Every number and picture here comes from a generative model. It is no measurement.",
         )
     )
-    n = len(results[0].recipe.seeds) if results else 0
+    n = len(results[0].recipe.seeds)
     title = f"{len(names)} scenarios on the same noise, {n} seed{'s' * (n != 1)} each"
     return files | {"README.txt": readme(title, said, further)}
 
@@ -106,7 +124,7 @@ def contrast_chart(table: pd.DataFrame, readout: str, reference: str, theme: str
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``python -m perturb compare``."""
     parser.add_argument("recipes", nargs="+", help="two to eight recipe.json; each scenario is called like its file")
-    parser.add_argument("--out", required=True, help="folder for the tables and a report of each scenario")
+    parser.add_argument("--out", required=True, help="folder for the comparison and a report of each scenario")
     parser.add_argument("--reference", type=int, default=1, help="number of the scenario to compare with, from 1")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
     parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="the h5ad that the recipes were made with")
@@ -125,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
     file or network that cannot be used, or that do not belong together.
     """
     from ge2hist_core.model import GE2Hist
-    from perturb.cache import DiskCache
+    from perturb.cache import report_folder
     from perturb.page import write_files
     from perturb.recipe import Recipe
     from perturb.run import print_progress, run
@@ -145,20 +163,21 @@ def main(args: argparse.Namespace) -> None:
     for sentence in workspace.changed_for_noise:
         print(sentence)
     model = GE2Hist.load(args.bundle)
-    cache = DiskCache(args.cache) if args.cache else None
     networks = _networks(args.network)
     recipes = workspace.on_shared_noise
-    cells = [_cells(recipe, args.cells, model) for recipe in recipes]
-    results = [
-        run(recipe, model, some, network=_network(recipe, networks, path), cache=cache, on_progress=print_progress())
-        for recipe, some, path in zip(recipes, cells, args.recipes, strict=True)
-    ]
+    cells = [recipe_cells(recipe, args.cells, model) for recipe in recipes]
     reference = workspace.scenarios[args.reference - 1].name
-    for written in write_files(comparison_files(workspace, results, cells, reference), args.out):
-        print(written)
+    key = hashlib.sha256("".join([reference, *(recipe.hash for recipe in recipes)]).encode()).hexdigest()
+    with report_folder(args.out, args.cache, key) as cache:
+        results = [
+            run(one, model, some, network=_network(one, networks, path), cache=cache, on_progress=print_progress())
+            for one, some, path in zip(recipes, cells, args.recipes, strict=True)
+        ]
+        for written in write_files(comparison_files(workspace, results, cells, reference), args.out):
+            print(written)
 
 
-def _cells(recipe: Recipe, path: str, model: GE2Hist) -> Cells:
+def recipe_cells(recipe: Recipe, path: str, model: GE2Hist) -> Cells:
     """The recipe's cells, read as the recipe says."""
     from ge2hist_core.data import open_cells
     from perturb.run import cells_for

@@ -203,7 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--signature-file", help="GMT, CSV, TSV, GCT, GCTX or h5ad with the signature")
     add_reading(parser)
     parser.add_argument("--max-dose", type=float, default=2.0, help="-4 to 4; below 0 the signature is reversed")
-    parser.add_argument("--out", required=True, help="folder for doses.csv and doses.html")
+    parser.add_argument("--out", required=True, help="folder for the report: page, table, recipes")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
     parser.add_argument(
         "--cells", default="assets/demo_cells.h5ad", help="the h5ad or store that the recipe was made with"
@@ -213,20 +213,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run seven doses and write table and chart.
+    """Run seven doses and write the report: page, table, recipes.
 
     Raises
     ------
     BadInput: a recipe, bundle, data or signature file that cannot be used, or that do not belong together.
     """
-    from pathlib import Path
-
-    from ge2hist_core.files import atomic_path
-    from perturb import charts
     from perturb.cache import report_folder
+    from perturb.dose_report import report_files
     from perturb.networks import network_for
-    from perturb.page import chart_page, csv_bytes
+    from perturb.page import write_files
     from perturb.run import open_recipe, print_progress
+    from perturb.wording import Origin
 
     signature = find_signature(args.signature, args.signature_file, file_signatures(args))
     recipe, model, cells = open_recipe(args)
@@ -237,13 +235,9 @@ def main(args: argparse.Namespace) -> None:
     key = hashlib.sha256("".join(one.hash for _, one in series).encode()).hexdigest()
     with report_folder(args.out, args.cache, key) as cache:
         table = run_doses(series, model, cells, cache, network=network, on_progress=print_progress())
-    out = Path(args.out)
-    figure = charts.dose_response(table, "density", signature.dose_unit)
-    page = chart_page(figure, f"Dose response of {signature.name}")
-    for name, content in (("doses.csv", csv_bytes(table)), ("doses.html", page)):
-        with atomic_path(out / name) as temporary:
-            temporary.write_bytes(content)
-        print(out / name)
+    origin = replace(Origin.of_model(model, cells), network="" if network is None else network.source)
+    for path in write_files(report_files(series, table, signature, origin, network), args.out):
+        print(path)
     for readout in ("density", "spacing"):
         found = respond(table, readout)
         said = found.reason if found.hill is None else (

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ge2hist_core.config import from_json
 from ge2hist_core.support import OUTSIDE
 from ge2hist_core.types import BadInput, Cells
 from perturb.candidates import default_candidates, random_sets
@@ -162,6 +163,36 @@ class Goal:
             "target": {"kind": kind} | asdict(self.target),
             "candidates": [str(candidate) for candidate in self.candidates],
         }
+
+    @classmethod
+    def from_dict(cls, value: object) -> Goal:
+        """Inverse of :meth:`to_dict`; what else a goal.json holds (hash, sentences) does not matter.
+
+        Raises
+        ------
+        BadInput: a missing or malformed field.
+        """
+        cure = "give a goal.json that GE2Hist wrote"
+        if not isinstance(value, dict) or not isinstance(value.get("target"), dict):
+            raise BadInput(f"The goal has no target: {cure}.")
+        fields = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
+        kinds: dict[str, Any] = {"readout": ReadoutTarget, "niche": NicheTarget}
+        target = {name: part for name, part in value["target"].items() if name != "kind"}
+        try:
+            return cls(
+                **fields
+                | {
+                    "recipe": Recipe.from_json(json.dumps(value["recipe"])),
+                    "target": from_json(kinds[value["target"]["kind"]], target),
+                    "candidates": Perturbation.parse(",".join(value["candidates"])).edits,
+                    "first_seeds": tuple(value["first_seeds"]),
+                    "further_seeds": tuple(value["further_seeds"]),
+                }
+            )
+        except BadInput:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"The goal is damaged ({error}): {cure}.") from None
 
     @cached_property
     def hash(self) -> str:
@@ -584,21 +615,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Search, draw and write the tables.
+    """Search, draw and write the tables and what ``python -m perturb replay`` needs.
 
     Raises
     ------
     BadInput: a recipe, target, bundle or data file that cannot be used, or that do not belong together.
     """
-    from pathlib import Path
 
     from ge2hist_core.data import open_cells
-    from ge2hist_core.files import atomic_path
     from perturb import charts
     from perturb.cache import report_folder
-    from perturb.page import chart_page, csv_bytes
+    from perturb.page import chart_page, csv_bytes, json_bytes, noted, write_files
     from perturb.run import open_recipe, print_progress
-    from perturb.wording import NOTICE
+    from perturb.wording import Origin
 
     if args.like is not None and (args.value is not None or args.change is not None):
         raise BadInput("--like takes no --value or --change: leave it out, or give --readout instead.")
@@ -620,16 +649,15 @@ def main(args: argparse.Namespace) -> None:
     with report_folder(args.out, args.cache, goal.hash) as cache:
         result = run_goal(goal, model, cells, cache, on_progress=print_progress())
     said = sentences(goal, result)
-    value = goal.to_dict() | {"hash": goal.hash, "searched": result.searched, "sentences": said, "notice": NOTICE}
+    value = goal.to_dict() | {"hash": goal.hash, "searched": result.searched, "sentences": said}
     files = {
-        "goal.json": (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(),
+        "goal.json": json_bytes(noted(value)),
+        "provenance.json": json_bytes(noted(Origin.of_model(model, cells).provenance)),
         "tradeoff.csv": csv_bytes(result.tradeoff),
         "confirmed.csv": csv_bytes(result.confirmed),
         "tradeoff.html": chart_page(charts.tradeoff(result.tradeoff), "Edits towards a target", said),
     }
     for sentence in said:
         print(sentence)
-    for name, content in files.items():
-        with atomic_path(Path(args.out) / name) as temporary:
-            temporary.write_bytes(content)
-        print(Path(args.out) / name)
+    for path in write_files(files, args.out):
+        print(path)

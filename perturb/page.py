@@ -30,9 +30,11 @@ __all__ = [
     "Table",
     "chart_page",
     "csv_bytes",
+    "file_name",
     "for_people",
     "json_bytes",
     "json_lines",
+    "noted",
     "readme",
     "render",
     "write_files",
@@ -112,7 +114,8 @@ def for_people(table: pd.DataFrame) -> pd.DataFrame:
     """
     table = table.copy()
     share = table["readout"].str.startswith("fraction:").to_numpy(dtype=bool)
-    scaled = [name for name in ("base", "edited", "first_effect", "effect", "low", "high") if name in table]
+    numbers = ("base", "edited", "reference_mean", "mean", "first_effect", "effect", "low", "high")
+    scaled = [name for name in numbers if name in table]
     table[scaled] = table[scaled].astype(float)
     table.loc[share, scaled] *= 100.0
     table.loc[share, "unit"] = "%"
@@ -189,6 +192,16 @@ def json_lines(value: Mapping[str, Any]) -> str:
     """JSON for the eye: one line per field."""
     lines = (f" {json.dumps(name)}: {json.dumps(item, ensure_ascii=False)}" for name, item in value.items())
     return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def noted(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of fields for a JSON file, with the notice first; readers leave the notice out."""
+    return {"notice": NOTICE, **value}
+
+
+def file_name(text: str) -> str:
+    """Letters, digits and hyphens of a text, at most 40; empty where it has none."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")[:40]
 
 
 def json_bytes(value: Any) -> bytes:

@@ -10,7 +10,7 @@ import functools
 import io
 import json
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,8 +114,8 @@ def _layout(table: pd.DataFrame) -> tuple[dict[str, float], float]:
     return places, 7.0 * min(1.0, 115 / float(ends[-1]))
 
 
-def screen_pdf(screen: Screen, result: ScreenResult, origin: Origin) -> bytes:
-    """A screen."""
+def screen_pdf(screen: Screen, result: ScreenResult, origin: Origin, drawn: Mapping[str, Result]) -> bytes:
+    """A screen; ``drawn``: what :func:`perturb.screen_report.drawn_results` gave."""
     from perturb.screen_report import CAUTIONS
 
     question = wording.screen_question(screen)
@@ -123,7 +123,33 @@ def screen_pdf(screen: Screen, result: ScreenResult, origin: Origin) -> bytes:
     further = [("Screen", [f"SHA-256 {screen.hash}", json.dumps(short, ensure_ascii=False)])]
     method = wording.screen_method(screen, result, origin)
     words = _sections(screen.recipe, wording.screen_facts(screen, origin), method, CAUTIONS, further, screen.candidates)
-    return _pdf(question, [_screen_first(screen, result, question), *_screen_tables(screen, result), *_text(words)])
+    first = _screen_first(screen, result, question)
+    return _pdf(question, [first, *_screen_pictures(drawn), *_screen_tables(screen, result), *_text(words)])
+
+
+def scenarios_pdf(names: Sequence[str], results: Sequence[Result], reference: str) -> bytes:
+    """Scenarios on the same noise."""
+    from perturb.workspace import contrast_table, effects_table
+
+    recipes = [result.recipe for result in results]
+    question = wording.scenarios_question(recipes)
+    effects, contrasts = effects_table(names, results), contrast_table(names, results, reference)
+    method = wording.scenarios_method(names, results, reference)
+    words = _sections(
+        recipes[0], wording.scenarios_facts(names, results), method, wording.CAUTIONS, (), others=recipes[1:]
+    )
+    figures = [_scenarios_first(names, results, question), *_scenario_forests(effects, "Edited - unedited")]
+    columns = {"scenario": 0.0, "readout": 0.2, "unit": 0.43, "unedited": 0.51, "edited": 0.58, "difference": 0.65}
+    columns |= {"95 % interval": 0.73, "p": 0.87, "q": 0.92, "n": 0.97}
+    figures += _table_pages("Effects: edited minus unedited, within each scenario", for_people(effects), columns)
+    if len(contrasts):
+        figures += _scenario_forests(contrasts, f"Scenario - {' '.join(reference.split())}")
+        shown = for_people(contrasts).rename(columns={"reference_mean": "reference's"})
+        columns = {"scenario": 0.0, "readout": 0.2, "unit": 0.43, "reference's": 0.51, "mean": 0.59, "difference": 0.65}
+        columns |= {"95 % interval": 0.73, "p": 0.87, "q": 0.92, "n": 0.97}
+        title = f"Contrasts: edited pictures of each scenario minus those of {' '.join(reference.split())}"
+        figures += _table_pages(title, shown, columns)
+    return _pdf(question, [*figures, *_text(words)])
 
 
 def _pdf(question: str, figures: Iterable[Figure]) -> bytes:
@@ -188,18 +214,24 @@ def _first(result: Result, question: str) -> Figure:
         ("Nuclei, unedited", pictures.overlay(niches[0], result.base_nuclei[0], 3)),
         ("Nuclei, edited", pictures.overlay(niches[1], result.edited_nuclei[0], 3)),
     )
-    side = 0.27
+    y = _pictures(figure, y, images, 3)
+    below = _plain(f"Generated: cell {recipe.cell_ids[0]}, seed {recipe.seeds[0]}")
+    figure.text(LEFT, y - 0.005, below, fontsize=9, color="#555555", va="top")
+    return figure
+
+
+def _pictures(figure: Figure, y: float, images: Sequence[tuple[str, np.ndarray]], columns: int) -> float:
+    """Titled pictures in rows from ``y`` downwards; returns where they end."""
+    side = (RIGHT - LEFT - 0.015 * (columns - 1)) / columns
     height = side * A4[0] / A4[1]
     for i, (title, image) in enumerate(images):
-        row, column = divmod(i, 3)
+        row, column = divmod(i, columns)
         bottom = y - 0.03 - height - row * (height + 0.035)
         axes = figure.add_axes((LEFT + column * (side + 0.015), bottom, side, height))
         axes.imshow(image, interpolation="nearest")
         axes.set_axis_off()
-        axes.set_title(title, fontsize=9, loc="left")
-    below = _plain(f"Cell {recipe.cell_ids[0]}, seed {recipe.seeds[0]}")
-    figure.text(LEFT, y - 0.005 - 2 * (height + 0.035), below, fontsize=9, color="#555555", va="top")
-    return figure
+        axes.set_title(_plain(_shortened(title, 110 // columns)), fontsize=9, loc="left")
+    return y - -(-len(images) // columns) * (height + 0.035)
 
 
 def _effects(result: Result) -> Iterator[Figure]:
@@ -224,11 +256,25 @@ def _effects(result: Result) -> Iterator[Figure]:
         yield from _table_pages("What spreading through the network did", shown, columns)
 
 
-def _forest(figure: Figure, y: float, comparison: pd.DataFrame, space: float) -> float:
-    """One panel per unit from ``y`` downwards over ``space`` of the page's height; returns where it ends."""
-    groups = [(unit, rows) for unit, rows in comparison.groupby("unit", sort=False)]
+def _forest(
+    figure: Figure,
+    y: float,
+    comparison: pd.DataFrame,
+    space: float,
+    axis: str = "Edited - unedited",
+    by: str = "unit",
+    label: str = "readout",
+) -> float:
+    """One panel per unit from ``y`` downwards over ``space`` of the page's height; returns where it ends.
+
+    ``by`` and ``label``: columns that panels and rows are of.
+    """
+    groups = [(name, rows) for name, rows in comparison.groupby(by, sort=False)]
     total = sum(len(rows) + 2.5 for _, rows in groups)
-    for unit, rows in groups:
+    for name, rows in groups:
+        unit = rows["unit"].iloc[0]
+        what = f"{unit}" if by == "unit" else f"{readable(name)}, {unit}"
+        labels = [readable(one) if label == "readout" else _shortened(one, 40) for one in rows[label]]
         height = space * len(rows) / total
         axes = figure.add_axes((0.36, y - 0.015 - height, RIGHT - 0.36, height))
         places = range(len(rows) - 1, -1, -1)
@@ -240,12 +286,48 @@ def _forest(figure: Figure, y: float, comparison: pd.DataFrame, space: float) ->
                 filled = "full" if row.q < 0.05 else "none"
                 axes.plot(row.effect, place, "o", color=colour, fillstyle=filled, markersize=6)
         axes.axvline(0, color="#999999", linewidth=0.8, linestyle=":")
-        axes.set_yticks(list(places), [_plain(readable(name)) for name in rows["readout"]], fontsize=7.5)
+        axes.set_yticks(list(places), list(map(_plain, labels)), fontsize=7.5)
         axes.set_ylim(-0.7, len(rows) - 0.3)
         axes.tick_params(axis="x", labelsize=7.5)
-        axes.set_xlabel(f"Edited - unedited ({unit})", fontsize=8)
+        axes.set_xlabel(_plain(f"{_shortened(axis, 50)} ({what})"), fontsize=8)
         y -= space * (len(rows) + 2.5) / total
     return y
+
+
+# Scenarios
+
+
+def _scenarios_first(names: Sequence[str], results: Sequence[Result], question: str) -> Figure:
+    """Question, what each scenario is, pictures on the same noise."""
+    from perturb.scenario_report import side_by_side
+
+    figure = _page()
+    y = _write(figure, TOP, question, 15, 52, weight="bold")
+    seeds = results[0].recipe.seeds
+    y = _write(figure, y - 0.01, f"{len(seeds)} noise seeds, which all scenarios share.", 10, WIDTH)
+    for name, result in zip(names, results, strict=True):
+        recipe = result.recipe
+        spread = "" if recipe.propagation is None else f", spread through {recipe.propagation.network_name}"
+        cells = f"{len(recipe.cell_ids)} cells" if len(recipe.cell_ids) > 1 else f"cell {recipe.cell_ids[0]}"
+        said = f"{name}: {cells}, {wording.label(recipe.perturbation)}{spread}"
+        y = _write(figure, y - 0.004, _shortened(said, 300), 9, 104)
+    y = _write(figure, y - 0.004, f"Generated pictures of seed {seeds[0]}, first cell.", 9, 104, color="#555555")
+    images = [(title.removeprefix("Generated: "), image) for title, _, image, _ in side_by_side(names, results)]
+    _pictures(figure, y, images, 3 if len(images) <= 6 else 4)
+    return figure
+
+
+def _scenario_forests(table: pd.DataFrame, axis: str) -> Iterator[Figure]:
+    """One panel per readout, one row per scenario, over as many pages as that needs."""
+    readouts, per_page = list(dict.fromkeys(table["readout"])), max(1, 40 // (table["scenario"].nunique() + 2))
+    for start in range(0, len(readouts), per_page):
+        some = readouts[start : start + per_page]
+        figure, rows = _page(), table[table["readout"].isin(some)]
+        y = _write(figure, TOP, axis + ("" if start == 0 else ", continued"), 14, WIDTH, weight="bold")
+        y = _forest(figure, y, rows, 0.8 * len(some) / per_page, axis=axis, by="readout", label="scenario")
+        said = "Filled: q < 0.05. Lines: 95 % intervals; what they cover stands under Method."
+        _write(figure, y - 0.01, said, 8.5, 112, color="#555555")
+        yield figure
 
 
 # A screen
@@ -267,6 +349,33 @@ def _screen_first(screen: Screen, result: ScreenResult, question: str) -> Figure
         first = rows.sort_values("q", kind="stable")["readout"].iloc[0]
         y = _volcano(figure, y, rows[rows["readout"] == first], first)
     return _ranking(figure, y, screen, result)
+
+
+def _screen_pictures(drawn: Mapping[str, Result]) -> Iterator[Figure]:
+    """The clearest candidates, before and after on the same noise; none where nothing is drawn."""
+    from perturb.edits import Perturbation
+    from perturb.screen_report import PICTURED
+
+    if not drawn:
+        return
+    recipe = next(iter(drawn.values())).recipe
+    figure = _page()
+    y = _write(figure, TOP, "The clearest candidates, before and after", 14, WIDTH, weight="bold")
+    said = (
+        f"Generated: cell {recipe.cell_ids[0]}, noise seed {recipe.seeds[0]}, the first of the further seeds. One "
+        "picture is one draw of the model; the tables are over all seeds."
+    )
+    y = _write(figure, y - 0.008, said, 9, 104, color="#555555")
+    images: list[tuple[str, np.ndarray]] = []
+    for name, result in list(drawn.items())[:PICTURED]:
+        base, edited = result.base[0], result.edited[0]
+        images += [
+            ("Unedited", pictures.show(base, 3)),
+            (wording.label(Perturbation.parse(name)), pictures.show(edited, 3)),
+        ]
+        images.append(("Difference", pictures.difference(base, edited, 3)))
+    _pictures(figure, y, images, 3)
+    yield figure
 
 
 def _volcano(figure: Figure, y: float, rows: pd.DataFrame, readout: str) -> float:
@@ -369,14 +478,18 @@ def _sections(
     cautions: Sequence[str],
     further: Sequence[tuple[str, Sequence[str]]],
     candidates: Sequence[Perturbation] = (),
+    others: Sequence[Recipe] = (),
 ) -> list[tuple[str, Sequence[str]]]:
-    """Title and paragraphs of what follows the numbers."""
+    """Title and paragraphs of what follows the numbers; ``others``: further recipes that are compared."""
+    references = dict.fromkeys(one for each in (recipe, *others) for one in wording.references(each))
+    licences = dict.fromkeys(wording.licences(recipe, candidates))
+    licences |= dict.fromkeys(one for each in others for one in wording.licences(each))
     return [
         ("Read with care", [f"- {caution}" for caution in cautions]),
         ("Method", [method]),
-        ("References", wording.references(recipe)),
+        ("References", list(references)),
         ("Versions, hashes and seeds", [f"{name}: {value}" for name, value in facts]),
-        ("Licences", [f"{name}: {value}" for name, value in wording.licences(recipe, candidates)]),
+        ("Licences", [f"{name}: {value}" for name, value in licences]),
         *further,
     ]
 

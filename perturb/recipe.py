@@ -149,7 +149,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Inverse of :meth:`to_json`; blanks and the order of keys do not matter.
+        """Inverse of :meth:`to_json`; blanks, the order of keys and a report's ``notice`` do not matter.
 
         Raises
         ------
@@ -159,6 +159,7 @@ class Recipe:
         if not isinstance(value, dict) or "schema" not in value:
             raise BadInput("The recipe has no field 'schema': give a recipe.json that GE2Hist wrote.")
         _check_schema(value["schema"])
+        value.pop("notice", None)  # a file says that what comes of it is generated; it decides nothing
         missing = [name for name in ("data_sha256", "model_sha256", "cell_ids") if name not in value]
         if missing:
             raise BadInput(f"The recipe has no field {missing[0]!r}: give a recipe.json that GE2Hist wrote.")

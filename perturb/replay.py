@@ -1,7 +1,7 @@
 """``python -m perturb replay REPORT``: run a report again and say whether the numbers are the same.
 
-A report is the folder, ZIP or HTML page of a comparison or of a screen; each holds all that decides the result, and
-the tables that came out.
+A report is the folder, ZIP or HTML page of a comparison, of scenarios, of a screen or of doses, or the folder of a goal
+search; each holds all that decides the result, and the tables that came out.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import tempfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,23 +25,33 @@ import pandas as pd
 
 from ge2hist_core.files import parse_json
 from ge2hist_core.types import BadInput, Cells
+from perturb.goal import Goal
 from perturb.grn import Network, unpack_network
 from perturb.page import csv_bytes
 from perturb.recipe import Recipe
 from perturb.screen import Screen
+from perturb.workspace import Workspace
 
 if TYPE_CHECKING:
     from ge2hist_core.model import GE2Hist
     from perturb.cache import DiskCache
     from perturb.run import Progress
 
-__all__ = ["Difference", "SavedReport", "difference", "parse_report", "read_report", "rerun"]
+__all__ = ["Difference", "Doses", "SavedReport", "difference", "parse_report", "read_report", "rerun"]
+
+Doses = tuple[tuple[float, Recipe], ...]
+"""A series of :func:`perturb.doses.dose_series`."""
 
 TABLES = {
     "comparison": ("readout",),
     "spread_effects": ("contrast", "readout"),
     "guess": ("candidate",),
     "confirmed": ("candidate", "readout"),
+    "effects": ("scenario", "readout"),
+    "contrasts": ("scenario", "reference", "readout"),
+    "doses": ("dose", "readout"),
+    "tradeoff": ("size", "edits"),
+    "drawn": ("size", "role", "edits", "readout"),
 }
 """Tables that are compared, and the columns that name their rows."""
 MAX_BYTES = 500_000_000
@@ -53,6 +63,14 @@ ROUNDING = 1e-3
 """Up to which they are the same but for rounding: other processors and libraries add up in another order."""
 MAX_THREADS = 64
 CURE = "give the folder, ZIP or HTML page that a comparison or a screen wrote"
+NEEDED = {
+    Recipe: ("comparison",),
+    Screen: ("guess", "confirmed"),
+    Workspace: ("effects",),
+    Goal: ("tradeoff", "drawn"),
+    tuple: ("doses",),
+}
+"""Tables that a report of each kind must have."""
 
 
 @dataclass(frozen=True)
@@ -90,21 +108,39 @@ class SavedReport:
 
     Parameters
     ----------
-    what: all that decides the result.
+    what: all that decides the result: of a comparison, screen, list of scenarios, goal search or series of doses.
     tables: by name, rows named as in ``TABLES``, columns of numbers alone.
     network: through which the edits spread, or None.
     versions: of the libraries that it was made with, and the code's fingerprint; empty where the report does not say.
+    networks: those of the scenarios, by their SHA-256.
+    reference: scenario that the others are compared with.
     """
 
-    what: Recipe | Screen
+    what: Recipe | Screen | Workspace | Goal | Doses
     tables: dict[str, pd.DataFrame]
     network: Network | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    networks: dict[str, Network] = field(default_factory=dict)
+    reference: str = ""
 
     @property
     def recipe(self) -> Recipe:
-        """Of the comparison, or of what all candidates of the screen share."""
-        return self.what if isinstance(self.what, Recipe) else self.what.recipe
+        """Of the comparison, the first scenario or the largest dose, or of what all candidates share."""
+        return self.recipes[-1] if isinstance(self.what, tuple) else self.recipes[0]
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """All that the report draws, of a screen or search what its candidates share."""
+        if isinstance(self.what, Recipe):
+            return (self.what,)
+        if isinstance(self.what, Workspace):
+            return self.what.on_shared_noise
+        return tuple(recipe for _, recipe in self.what) if isinstance(self.what, tuple) else (self.what.recipe,)
+
+    def network_of(self, recipe: Recipe) -> Network | None:
+        """The network through which one of the recipes spreads its edits, or None."""
+        how = recipe.propagation
+        return self.network if how is None else self.networks.get(how.network_sha256, self.network)
 
 
 def read_report(path: str | Path) -> SavedReport:
@@ -187,6 +223,9 @@ def _zip_part(archive: zipfile.ZipFile) -> Part:
 def _of_files(read: Part, name: str) -> SavedReport:
     """A report in files."""
     provenance = parse_json(read("provenance.json") or b"{}", "provenance.json", CURE)
+    for kind, make in (("workspace", _of_workspace), ("doses", _of_doses), ("goal", _of_goal)):
+        if (content := read(f"{kind}.json")) is not None:
+            return make(parse_json(content, f"{kind}.json", CURE), read, provenance)
     recipe, screen = read("recipe.json"), read("screen.json")
     if recipe is None and screen is None:
         raise BadInput(f"{name} holds neither recipe.json nor screen.json: {CURE}.")
@@ -202,10 +241,55 @@ def _of_files(read: Part, name: str) -> SavedReport:
     return _saved(what, tables, provenance, packed)
 
 
+def _tables(read: Part, names: Sequence[str]) -> dict[str, bytes]:
+    return {one: content for one in names if (content := read(f"{one}.csv")) is not None}
+
+
+def _of_workspace(value: dict[str, Any], read: Part, provenance: dict[str, Any]) -> SavedReport:
+    """Scenarios in files."""
+    networks = json.loads(read("networks.json") or b"{}").get("networks", [])
+    return _scenarios(value, _tables(read, ("effects", "contrasts")), provenance, networks)
+
+
+def _scenarios(
+    value: dict[str, Any], tables: dict[str, bytes], provenance: dict[str, Any], networks: list[dict[str, Any]]
+) -> SavedReport:
+    workspace = Workspace.from_json(json.dumps(value))
+    saved = _saved(workspace, tables, provenance, None)
+    unpacked = {network.sha256: network for network in map(unpack_network, networks)}
+    reference = value.get("reference", workspace.scenarios[0].name if len(workspace) else "")
+    if reference not in [scenario.name for scenario in workspace.scenarios]:
+        raise BadInput(f"The reference {reference!r} is none of the scenarios: write the report again.")
+    return replace(saved, networks=unpacked, reference=reference)
+
+
+def _of_doses(value: dict[str, Any], read: Part, provenance: dict[str, Any]) -> SavedReport:
+    """Doses in files."""
+    from perturb.dose_report import read_series
+
+    network = read("network.json")
+    packed = None if network is None else json.loads(network)
+    return _saved(read_series(value), _tables(read, ("doses",)), provenance, packed)
+
+
+def _of_goal(value: dict[str, Any], read: Part, provenance: dict[str, Any]) -> SavedReport:
+    """A goal search in files."""
+    tables = _tables(read, ("tradeoff",))
+    if (drawn := read("confirmed.csv")) is not None:
+        tables["drawn"] = drawn
+    return _saved(Goal.from_dict(value), tables, provenance, None)
+
+
 def _of_page(value: dict[str, Any]) -> SavedReport:
     """What a page carries for this module."""
     tables = {one: value[one].encode() for one in TABLES if one in value}
     provenance = value.get("provenance", {})
+    if "workspace" in value:
+        return _scenarios(value["workspace"], tables, provenance, value.get("networks", []))
+    if "series" in value:
+        from perturb.dose_report import read_series
+
+        return _saved(read_series(value), tables, provenance, value.get("network"))
     if "screen" in value:
         _whole(value.get("complete"))
         return _saved(Screen.from_dict(value["screen"]), tables, provenance, None)
@@ -218,12 +302,14 @@ def _whole(complete: object) -> None:
 
 
 def _saved(
-    what: Recipe | Screen, tables: dict[str, bytes], provenance: dict[str, Any], network: dict[str, Any] | None
+    what: Recipe | Screen | Workspace | Goal | Doses,
+    tables: dict[str, bytes],
+    provenance: dict[str, Any],
+    network: dict[str, Any] | None,
 ) -> SavedReport:
-    wanted = ("comparison",) if isinstance(what, Recipe) else ("guess", "confirmed")
-    for name in wanted:
+    for name in NEEDED[type(what)]:
         if name not in tables:
-            raise BadInput(f"The report has no table {name}.csv: {CURE}.")
+            raise BadInput(f"The report has no table {'confirmed' if name == 'drawn' else name}.csv: {CURE}.")
     versions = {"code": provenance["engine"]} | provenance["versions"] if "engine" in provenance else {}
     return SavedReport(
         what,
@@ -247,7 +333,7 @@ def _table(name: str, content: bytes) -> pd.DataFrame:
 def rerun(
     saved: SavedReport,
     model: GE2Hist,
-    cells: Cells,
+    cells: Cells | Sequence[Cells],
     *,
     cache: DiskCache | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -257,7 +343,7 @@ def rerun(
 
     Parameters
     ----------
-    cells: of the recipe's file, as :func:`perturb.run.cells_for` gives them.
+    cells: of the recipe's file, as :func:`perturb.run.cells_for` gives them; of scenarios, for each of ``recipes``.
     cache: what comes out of a comparison is kept in it; nothing is taken from it.
 
     Raises
@@ -285,7 +371,7 @@ def _threads(number: str) -> Iterator[None]:
 def _rerun(
     saved: SavedReport,
     model: GE2Hist,
-    cells: Cells,
+    cells: Cells | Sequence[Cells],
     cache: DiskCache | None,
     on_progress: Callable[[Progress], None] | None,
     cancel: threading.Event | None,
@@ -295,20 +381,61 @@ def _rerun(
     from perturb.run import run
     from perturb.screen import run_screen
 
+    first = cells if isinstance(cells, Cells) else cells[0]
     if isinstance(saved.what, Recipe):
-        result = run(saved.what, model, cells, network=saved.network, on_progress=on_progress, cancel=cancel)
+        result = run(saved.what, model, first, network=saved.network, on_progress=on_progress, cancel=cancel)
         if cache is not None:
             for name, arm in result.arms.items():
                 cache.store_arrays(saved.what.arms[name].hash, arm.to_arrays())
             store_result(result, cache)
         after = {name: getattr(result, name) for name in saved.tables if hasattr(result, name)}
+    elif not isinstance(saved.what, Screen):
+        each = [cells] if isinstance(cells, Cells) else cells
+        after = _rerun_many(saved, model, each, on_progress, cancel)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            found = run_screen(saved.what, model, cells, DiskCache(folder), on_progress=on_progress, cancel=cancel)
+            found = run_screen(saved.what, model, first, DiskCache(folder), on_progress=on_progress, cancel=cancel)
         after = {"guess": found.guess, "confirmed": found.confirmed}
     # Through the same text form, so that names and digits are treated alike.
     tables = {name: _table(name, csv_bytes(table)) for name, table in after.items()}
     return _largest({name: difference(table, tables[name]) for name, table in saved.tables.items() if name in tables})
+
+
+def _rerun_many(
+    saved: SavedReport,
+    model: GE2Hist,
+    cells: Sequence[Cells],
+    on_progress: Callable[[Progress], None] | None,
+    cancel: threading.Event | None,
+) -> dict[str, pd.DataFrame]:
+    """Tables of scenarios, doses or a goal search, run again from nothing; arms that several share are drawn once."""
+    from perturb.cache import DiskCache
+    from perturb.doses import run_doses
+    from perturb.goal import run_goal
+    from perturb.run import Progress, run
+    from perturb.workspace import contrast_table, effects_table
+
+    how: dict[str, Any] = {"on_progress": on_progress, "cancel": cancel}
+    with tempfile.TemporaryDirectory() as folder:
+        kept = DiskCache(folder)
+        if isinstance(saved.what, Goal):
+            found = run_goal(saved.what, model, cells[0], kept, **how)
+            return {"tradeoff": found.tradeoff, "drawn": found.confirmed}
+        if isinstance(saved.what, tuple):
+            return {"doses": run_doses(saved.what, model, cells[0], kept, network=saved.network, **how)}
+        results, n = [], len(saved.recipes)
+        for i, (recipe, some) in enumerate(zip(saved.recipes, cells, strict=True)):
+
+            def report(progress: Progress, i: int = i) -> None:
+                if on_progress is not None:
+                    text = f"Scenario {i + 1} of {n}"
+                    on_progress(Progress((i + progress.fraction) / n, text, progress.preview))
+
+            network = saved.network_of(recipe)
+            results.append(run(recipe, model, some, network=network, cache=kept, on_progress=report, cancel=cancel))
+    names = [scenario.name for scenario in saved.what.scenarios] if isinstance(saved.what, Workspace) else []
+    tables = {"effects": effects_table(names, results), "contrasts": contrast_table(names, results, saved.reference)}
+    return {name: table for name, table in tables.items() if len(table)}
 
 
 def difference(before: pd.DataFrame, after: pd.DataFrame) -> Difference:
@@ -353,7 +480,7 @@ def changed_versions(saved: SavedReport) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``python -m perturb replay``."""
-    parser.add_argument("report", help="folder, ZIP or HTML page of a comparison or screen")
+    parser.add_argument("report", help="folder, ZIP or HTML page of a comparison, scenarios, screen or doses")
     parser.add_argument("--bundle", default="assets/demo_bundle", help="folder of the model")
     parser.add_argument("--cells", default="assets/demo_cells.h5ad", help="the h5ad that the report was made with")
 
@@ -371,7 +498,12 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         args.recipe = Path(folder) / "recipe.json"
         args.recipe.write_text(saved.recipe.to_json(), encoding="utf-8")
-        _, model, cells = open_recipe(args)
+        _, model, first = open_recipe(args)
+    cells: Cells | list[Cells] = first
+    if isinstance(saved.what, Workspace):
+        from perturb.compare import recipe_cells
+
+        cells = [recipe_cells(recipe, args.cells, model) for recipe in saved.recipes]
     found = rerun(saved, model, cells, on_progress=print_progress())
     print(found.verdict)
     if found.value > SAME and (why := changed_versions(saved)):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from ge2hist_core.config import READER_CLASSES
@@ -18,16 +19,37 @@ from ge2hist_core.niche import enrichment
 from ge2hist_core.types import Cells, Niche
 from perturb import charts, pictures, wording
 from perturb.grn import pack_network
-from perturb.page import Table, csv_bytes, for_people, json_bytes, json_lines, readme, render, write_files, zip_of
+from perturb.page import (
+    Table,
+    csv_bytes,
+    for_people,
+    json_bytes,
+    json_lines,
+    noted,
+    readme,
+    render,
+    write_files,
+    zip_of,
+)
 from perturb.result import TABLES, Result
-from perturb.stats import FEW
 from perturb.tables import LEVEL
 from perturb.wording import NOTICE, Origin
 
 if TYPE_CHECKING:
     from perturb.evidence import Evidence
 
-__all__ = ["csv_bytes", "h5ad", "html", "pdf", "report_files", "write_report", "zip_bytes"]
+__all__ = [
+    "cell_pictures",
+    "csv_bytes",
+    "h5ad",
+    "html",
+    "page_figure",
+    "pdf",
+    "picture_png",
+    "report_files",
+    "write_report",
+    "zip_bytes",
+]
 
 FEW_CELLS = 4
 """Cells whose pictures the page shows; the others are among the files."""
@@ -95,10 +117,9 @@ def html(result: Result, evidence: Evidence | None = None) -> str:
         card=result.model_card,
         n_seeds=n_seeds,
         n_cells=n_cells,
-        few="" if min(n_cells, n_seeds) > FEW else "cells" if n_cells <= n_seeds else "seeds",
-        smallest_p=f"{wording.smallest_p(n_cells, n_seeds):.2g}",
+        design=wording.design(n_cells, n_seeds),
         level=f"{100 * LEVEL:g} %",
-        cells=[_cell_pictures(result, c) for c in range(min(FEW_CELLS, n_cells))],
+        cells=[cell_pictures(result, c) for c in range(min(FEW_CELLS, n_cells))],
         more_cells=max(0, n_cells - FEW_CELLS),
         charts=list(figures),
         comparison=Table.of(
@@ -155,13 +176,13 @@ def report_files(result: Result, cells: Cells | None = None, *, evidence: Eviden
     files = {
         "report.html": html(result, evidence).encode(),
         "report.pdf": pdf(result, evidence),
-        "recipe.json": json_bytes(result.recipe.to_dict()),
-        "provenance.json": json_bytes({"notice": NOTICE, "recipe_sha256": result.recipe.hash} | result.provenance),
+        "recipe.json": json_bytes(noted(result.recipe.to_dict())),
+        "provenance.json": json_bytes(noted({"recipe_sha256": result.recipe.hash} | result.provenance)),
         "nuclei.csv": csv_bytes(_nuclei(result)),
         "enrichment.csv": csv_bytes(_enrichment(result)),
     } | {f"{name}.csv": csv_bytes(getattr(result, name)) for name in TABLES if _holds(result, name)}
     if result.network is not None:
-        files["network.json"] = json_bytes(pack_network(result.network))
+        files["network.json"] = json_bytes(noted(pack_network(result.network)))
     if evidence is not None:
         from perturb.evidence_words import csv_table, json_value
         from perturb.verdict import verdicts
@@ -173,7 +194,7 @@ def report_files(result: Result, cells: Cells | None = None, *, evidence: Eviden
     n = len(result.recipe.seeds)
     for arm, title, i, niche, _ in _drawn(result):
         name = f"pictures/cell{i // n + 1:03d}_seed{niche.seed}_{title}.png"
-        files[name] = _png(result, niche, result.recipe.cell_ids[i // n], ARMS[arm])
+        files[name] = picture_png(result, niche, result.recipe.cell_ids[i // n], ARMS[arm])
     said = {name: text for name, text in FILES.items() if name in files or name == "pictures/"}
     left_out = (
         ""
@@ -227,7 +248,8 @@ def _drawn(result: Result) -> Iterator[tuple[str, str, int, Niche, pd.DataFrame]
             yield name, ARMS[name], i, Niche(image, result.um_per_px, seeds[i % len(seeds)], generated=True), nuclei
 
 
-def _png(result: Result, niche: Niche, cell_id: str, arm: str) -> bytes:
+def picture_png(result: Result, niche: Niche, cell_id: str, arm: str) -> bytes:
+    """A picture of a result at full size, marked as generated, with its origin inside; ``arm`` in words."""
     metadata = {
         "Title": f"{NOTICE}: {arm} niche of cell {cell_id}, seed {niche.seed}",
         "Software": "GE2Hist digital twin",
@@ -239,8 +261,10 @@ def _png(result: Result, niche: Niche, cell_id: str, arm: str) -> bytes:
     return pictures.png_bytes(pictures.show(niche), metadata)
 
 
-def _cell_pictures(result: Result, cell: int) -> dict[str, Any]:
-    """Pictures of one cell as data addresses, with the words that stand in for them."""
+def cell_pictures(result: Result, cell: int) -> dict[str, Any]:
+    """Pictures of one cell as data addresses, with the words that stand in for them: ``views`` of the first seed
+    (unedited, edited, difference, nuclei of both) and, where there are several, ``sheets`` of all seeds.
+    """
     n = len(result.recipe.seeds)
     name = result.recipe.cell_ids[cell]
     part = slice(cell * n, (cell + 1) * n)
@@ -248,29 +272,28 @@ def _cell_pictures(result: Result, cell: int) -> dict[str, Any]:
     first = (base[0], edited[0])
     nuclei = (result.base_nuclei[cell * n], result.edited_nuclei[cell * n])
     views = [
-        ("Unedited", f"Generated H&E niche of cell {name}, unedited", pictures.show(first[0], 3)),
-        ("Edited, same noise", f"Generated H&E niche of cell {name}, edited", pictures.show(first[1], 3)),
+        ("Generated: unedited", f"Generated H&E niche of cell {name}, unedited", pictures.show(first[0], 3)),
+        ("Generated: edited, same noise", f"Generated H&E niche of cell {name}, edited", pictures.show(first[1], 3)),
         ("Difference", "Orange where the edited picture is darker, blue where lighter", pictures.difference(*first, 3)),
         ("Nuclei, unedited", f"{len(nuclei[0])} nuclei outlined by type", pictures.overlay(first[0], nuclei[0], 3)),
         ("Nuclei, edited", f"{len(nuclei[1])} nuclei outlined by type", pictures.overlay(first[1], nuclei[1], 3)),
     ]
     sheets = [
-        (f"All {n} seeds, unedited", "Contact sheet of the unedited niches", pictures.contact_sheet(base)),
-        (f"All {n} seeds, edited", "Contact sheet of the edited niches", pictures.contact_sheet(edited)),
+        (f"Generated: all {n} seeds, unedited", "Contact sheet of the unedited niches", pictures.contact_sheet(base)),
+        (f"Generated: all {n} seeds, edited", "Contact sheet of the edited niches", pictures.contact_sheet(edited)),
     ]
-    metadata = {"generated": "true", "recipe_sha256": result.recipe.hash}
-
-    def figure(view: tuple[str, str, Any]) -> dict[str, str]:
-        title, alt, image = view
-        content = base64.b64encode(pictures.png_bytes(image, metadata)).decode()
-        return {"title": title, "alt": alt, "src": f"data:image/png;base64,{content}"}
-
     return {
         "name": name,
         "seed": first[0].seed,
-        "views": [figure(view) for view in views],
-        "sheets": [figure(sheet) for sheet in sheets if n > 1],
+        "views": [page_figure(*view, result.recipe.hash) for view in views],
+        "sheets": [page_figure(*sheet, result.recipe.hash) for sheet in sheets if n > 1],
     }
+
+
+def page_figure(title: str, alt: str, image: np.ndarray, recipe_sha256: str) -> dict[str, str]:
+    """A picture as a data address, as the templates' figures take it."""
+    content = pictures.png_bytes(image, {"generated": "true", "recipe_sha256": recipe_sha256})
+    return {"title": title, "alt": alt, "src": f"data:image/png;base64,{base64.b64encode(content).decode()}"}
 
 
 def _nuclei(result: Result) -> pd.DataFrame:

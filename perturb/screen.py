@@ -163,7 +163,7 @@ class Screen:
 
     @classmethod
     def from_dict(cls, value: object) -> Screen:
-        """Inverse of :meth:`to_dict`.
+        """Inverse of :meth:`to_dict`; a report's ``notice`` does not matter.
 
         Raises
         ------
@@ -173,6 +173,7 @@ class Screen:
         cure = "give a screen.json that GE2Hist wrote"
         if not isinstance(value, dict):
             raise BadInput(f"The screen is no table of fields: {cure}.")
+        value = {name: part for name, part in value.items() if name != "notice"}
         for name in (*names, *value):
             if name not in value or name not in names:
                 raise BadInput(f"The screen has {'an unknown' if name in value else 'no'} field {name!r}: {cure}.")
@@ -800,7 +801,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds-first", default=_print_seeds(FIRST_SEEDS), help="choose the better half")
     parser.add_argument("--seeds-further", default=_print_seeds(FURTHER_SEEDS), help="give effects and p-values")
     add_sampling(parser)
-    parser.add_argument("--out", required=True, help="folder for report and tables")
+    parser.add_argument("--out", required=True, help="folder for report, tables, pictures and h5ad")
     parser.add_argument("--cache", help="folder in which finished work is kept and looked up")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--scheduler", metavar="ADDRESS", help="of a dask.distributed cluster that sees the same files")
@@ -814,7 +815,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Screen and write the report, both tables among its files.
+    """Screen and write the report: pages, tables, pictures and the h5ad of the candidates that were tested.
 
     Raises
     ------
@@ -822,7 +823,7 @@ def main(args: argparse.Namespace) -> None:
     """
     from perturb.cache import report_folder
     from perturb.run import print_progress
-    from perturb.screen_report import headline, write_report
+    from perturb.screen_report import drawn_results, headline, write_report
     from perturb.wording import Origin
 
     if args.workers is not None and args.workers < 1:
@@ -847,8 +848,9 @@ def main(args: argparse.Namespace) -> None:
                 on_progress=show,
             )
         result = run_screen(screen, model, cells, cache, draw=draw, on_progress=show)
+        drawn = drawn_results(screen, result, cache, lambda one: run(one, model, cells, cache=cache))
     print(headline(result, screen))
-    for path in write_report(screen, result, Origin.of_model(model, cells), args.out):
+    for path in write_report(screen, result, Origin.of_model(model, cells), args.out, drawn, cells):
         print(path)
 
 

@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ge2hist_core.types import Cells
 from perturb.edits import Edit, EditSet, Perturbation
 from perturb.recipe import Recipe
-from perturb.stats import EXACT_UP_TO, N_BOOTSTRAP, N_FLIPS
+from perturb.stats import EXACT_UP_TO, FEW, N_BOOTSTRAP, N_FLIPS
 from perturb.tables import LEVEL
 
 if TYPE_CHECKING:
@@ -27,12 +27,19 @@ __all__ = [
     "CAUTIONS",
     "NOTICE",
     "Origin",
+    "design",
+    "doses_facts",
+    "doses_method",
+    "doses_question",
     "facts",
     "label",
     "licences",
     "method",
     "question",
     "references",
+    "scenarios_facts",
+    "scenarios_method",
+    "scenarios_question",
     "screen_facts",
     "screen_method",
     "screen_question",
@@ -139,6 +146,11 @@ class Origin:
             model_card=path.read_text(encoding="utf-8") if path is not None and path.exists() else "",
         )
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """As a report's ``provenance.json`` holds it."""
+        return {name: getattr(self, name) for name in ("source", "scgpt_sha256", "engine", "versions")}
+
     def facts(self, recipe: Recipe) -> list[tuple[str, str]]:
         """Versions, hashes, sampler and encoder seed: two columns."""
         sample, how = recipe.sample, recipe.propagation
@@ -171,6 +183,22 @@ def screen_facts(screen: Screen, origin: Origin) -> list[tuple[str, str]]:
         ("further noise seeds", seeds_in_words(screen.further_seeds)),
         *origin.facts(screen.recipe),
     ]
+
+
+def scenarios_facts(names: Sequence[str], results: Sequence[Result]) -> list[tuple[str, str]]:
+    """Versions, hashes and seeds of scenarios on the same noise."""
+    rows = [(f"recipe SHA-256 of {name}", one.recipe.hash) for name, one in zip(names, results, strict=True)]
+    rows.append(("noise seeds", seeds_in_words(results[0].recipe.seeds)))
+    # What scenarios share stands once.
+    facts = {fact: "" for result in results for fact in Origin.of_result(result).facts(result.recipe)}
+    return [*rows, *facts]
+
+
+def doses_facts(series: Sequence[tuple[float, Recipe]], origin: Origin) -> list[tuple[str, str]]:
+    """Versions, hashes and seeds of a series of doses."""
+    last = series[-1][1]
+    rows = [(f"recipe SHA-256 at dose {dose:g}", recipe.hash) for dose, recipe in series]
+    return [*rows, ("noise seeds", seeds_in_words(last.seeds)), *origin.facts(last)]
 
 
 def label(perturbation: Perturbation) -> str:
@@ -248,6 +276,21 @@ def screen_question(screen: Screen) -> str:
     return f"Which of {_count(n, _kind(screen))} move{'s' * (n == 1)} the niche of {of} {moved}{after}?"
 
 
+def scenarios_question(recipes: Sequence[Recipe]) -> str:
+    """What a comparison of scenarios asks."""
+    n = len(recipes)
+    cells = {recipe.cell_ids for recipe in recipes}
+    of = _cells(recipes[0].cell_ids) if len(cells) == 1 else "several cells"
+    return f"How does the model draw the niche of {of} in {_count(n, 'scenario')} on the same noise?"
+
+
+def doses_question(series: Sequence[tuple[float, Recipe]], name: str) -> str:
+    """What a series of doses asks."""
+    first, last = series[0][0], series[-1][0]
+    of = _cells(series[0][1].cell_ids)
+    return f"How does the model draw the niche of {of} at {len(series)} doses of {name}, from {first:g} to {last:g}?"
+
+
 def _kind(screen: Screen) -> str:
     parts = [part for candidate in screen.candidates for part in candidate.parts]
     if all(isinstance(part, Edit) and part.kind == "ko" for part in parts):
@@ -272,15 +315,21 @@ def smallest_p(n_cells: int, n_seeds: int) -> float:
     return min(1.0, 2.0 ** (1 - n)) if n <= EXACT_UP_TO else 1 / (N_FLIPS + 1)
 
 
+def design(n_cells: int, n_seeds: int) -> dict[str, Any]:
+    """What the pages' template needs to say what an interval over so many cells and seeds covers."""
+    few = "" if min(n_cells, n_seeds) > FEW else "cells" if n_cells <= n_seeds else "seeds"
+    smallest = f"{smallest_p(n_cells, n_seeds):.2g}"
+    return {"n_cells": n_cells, "n_seeds": n_seeds, "few": few, "smallest_p": smallest}
+
+
 def _statistics(n_cells: int, n_seeds: int, adjusted: str) -> str:
-    """Interval, p and q of paired effects as a method section describes them."""
+    """Interval, p and q of paired effects as a method section describes them; ``adjusted`` is empty without a q."""
     if min(n_cells, n_seeds) > 1:
         return (
             f"Effects are mean paired differences (edited - unedited) with {100 * LEVEL:g} % intervals over {n_cells} "
             f"cells and {n_seeds} noise seeds as two crossed random factors (mean squares; Student's quantiles, "
             f"degrees of freedom of Satterthwaite 1946). {ALLOWANCE} P-values are two-sided and of that test, under "
-            "the null hypothesis that the mean difference over cells and seeds is zero; q-values adjust them over "
-            f"{adjusted} (Benjamini and Hochberg 1995)."
+            f"the null hypothesis that the mean difference over cells and seeds is zero{_q(adjusted)}."
         )
     unit, n = ("cell", n_cells) if n_cells > 1 else ("noise seed", n_seeds)
     flips = f"all {2**n:,} sign patterns" if n <= EXACT_UP_TO else f"{N_FLIPS:,} random sign patterns"
@@ -288,9 +337,9 @@ def _statistics(n_cells: int, n_seeds: int, adjusted: str) -> str:
         f"Effects are mean paired differences (edited - unedited) with {100 * LEVEL:g} % bootstrap intervals over "
         f"{unit}s ({N_BOOTSTRAP:,} resamples, percentile levels expanded for small samples; Hesterberg 2015). "
         f"{ALLOWANCE} P-values are two-sided sign-flip p-values under the null hypothesis that the paired differences, "
-        f"one per {unit} (n = {n}), are symmetric about zero ({flips}; the smallest possible p is "
-        f"{smallest_p(n_cells, n_seeds):.2g}; Phipson and Smyth 2010); q-values adjust them over {adjusted} (Benjamini "
-        "and Hochberg 1995)."
+        f"one per {unit} (n = {n}), are symmetric about zero ({flips}; the smallest possible "
+        f"p is {smallest_p(n_cells, n_seeds):.2g}; "
+        f"Phipson and Smyth 2010){_q(adjusted)}."
     )
 
 
@@ -308,6 +357,12 @@ def matched_in_words(n: int) -> str:
         f"mean count (median of the log change through groups of at least {MATCHED} candidates) is taken out. It is a "
         "rank among these candidates, not a test."
     )
+
+
+def _q(adjusted: str) -> str:
+    if not adjusted:
+        return "; they are not adjusted"
+    return f"; q-values adjust them over {adjusted} (Benjamini and Hochberg 1995)"
 
 
 def method(result: Result, evidence: Evidence | None = None) -> str:
@@ -338,6 +393,61 @@ def method(result: Result, evidence: Evidence | None = None) -> str:
         f"{_statistics(n_cells, n_seeds, _count(tested, 'readout'))} {further + ' ' * bool(further)}"
         f"{_made_with(recipe, origin)} Recipe SHA-256 {recipe.hash}. All pictures are generated; intervals "
         "and p-values speak of this model's answer, not of donors or repeated experiments."
+    )
+
+
+def scenarios_method(names: Sequence[str], results: Sequence[Result], reference: str) -> str:
+    """A comparison of scenarios as a paper's method section would describe it."""
+    recipe, origin = results[0].recipe, Origin.of_result(results[0])
+    n_seeds = len(recipe.seeds)
+    what = "; ".join(
+        f"{name}: {_cells(one.recipe.cell_ids)}, {label(one.recipe.perturbation)}{_through(one.recipe)}"
+        for name, one in zip(names, results, strict=True)
+    )
+    statistics = " ".join(
+        _statistics(n_cells, n_seeds, "the readouts of each scenario")
+        for n_cells in dict.fromkeys(len(one.recipe.cell_ids) for one in results)
+    )
+    contrasts = (
+        f"Contrasts are paired differences of the edited pictures of each scenario to those of {reference}: picture by "
+        "picture where both have the same cells, with the statistics of the effects; else of the means over the cells "
+        "of each seed, with intervals over seeds alone. "
+        if len(results) > 1
+        else ""
+    )
+    return (
+        f"{_count(len(results), 'scenario')} ({what}) were drawn from raw counts ({origin.source}, SHA-256 "
+        f"{recipe.data_sha256}). {_drawing(recipe, origin)} Each cell was drawn without and with the scenario's edits "
+        f"with {_count(n_seeds, 'noise seed')} ({seeds_in_words(recipe.seeds)}); all arms of all scenarios shared all "
+        f"noise of a seed. {_reading()} {statistics} {contrasts}{_made_with(recipe, origin)} All pictures are "
+        "generated; intervals and p-values speak of this model's answer, not of donors or repeated experiments."
+    )
+
+
+def doses_method(series: Sequence[tuple[float, Recipe]], name: str, unit: str, origin: Origin) -> str:
+    """A series of doses as a paper's method section would describe it."""
+    recipe = series[-1][1]
+    n_cells, n_seeds = len(recipe.cell_ids), len(recipe.seeds)
+    listed = ", ".join(f"{dose:g}" for dose, _ in series)
+    return (
+        f"The signature {name} was applied to the raw counts of {_cells(recipe.cell_ids)} ({origin.source}, SHA-256 "
+        f"{recipe.data_sha256}) at doses {listed} ({unit}), at the largest as {label(recipe.perturbation)}"
+        f"{_through(recipe)}; at dose 0 it was left out. {_drawing(recipe, origin)} Each dose was drawn with "
+        f"{_count(n_seeds, 'noise seed')} ({seeds_in_words(recipe.seeds)}) and compared with the same unedited "
+        f"pictures; all doses shared all noise of a seed. {_reading()} "
+        f"{_statistics(n_cells, n_seeds, '')} Where effects follow a sigmoid, a Hill curve was fitted to them, and its "
+        f"half-effective dose is stated with its interval. {_made_with(recipe, origin)} All pictures are generated; "
+        "intervals and p-values speak of this model's answer, not of donors or repeated experiments."
+    )
+
+
+def _through(recipe: Recipe) -> str:
+    how = recipe.propagation
+    if how is None or not recipe.perturbation:
+        return ""
+    return (
+        f", spread through the signed network {how.network_name} (SHA-256 {how.network_sha256}; "
+        f"{_count(how.steps, 'step')}, clipped to quantiles {how.quantiles[0]:g} to {how.quantiles[1]:g})"
     )
 
 
