@@ -7,6 +7,7 @@ report of each scenario in a folder of its own. Scenarios take seeds, sampler an
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
