@@ -234,8 +234,8 @@ def _check_edges(regulators: np.ndarray, targets: np.ndarray, weights: np.ndarra
     )
     if odd is not None:
         raise BadInput(
-            f"The edge {ascii(str(regulators[odd]))} -> {ascii(str(targets[odd]))} has a gene that is no name: leave out control "
-            "characters, halves of surrogate pairs and an apostrophe before =, +, - or @."
+            f"The edge {ascii(str(regulators[odd]))} -> {ascii(str(targets[odd]))} has a gene that is no name: "
+            "leave out control characters, halves of surrogate pairs and an apostrophe before =, +, - or @."
         )
     bad = np.flatnonzero(~((np.abs(weights) <= MAX_WEIGHT) & (weights != 0)))
     if len(bad):
