@@ -242,7 +242,7 @@ def test_the_command_line_writes_what_the_page_gives(
         cells = [cells_for(source, recipe.cell_ids) for recipe in two.on_shared_noise]
     archive = zipfile.ZipFile(io.BytesIO(compare.zip_bytes(two, results[:2], cells, "recipe1")))
     assert {name: archive.read(name) for name in archive.namelist()}.keys() == {
-        str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()
+        str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("[!.]*") if path.is_file()
     }
     for name in ("effects.csv", "contrasts.csv", "README.txt", "workspace.json", "1_recipe0/comparison.csv"):
         assert archive.read(name) == (tmp_path / "out" / name).read_bytes()
