@@ -360,7 +360,8 @@ def _precision(asked: _Asked) -> Found:
 
 
 def _baselines(asked: _Asked) -> Found:
-    from perturb.baselines import load_baselines
+    from ge2hist_core.files import sha256_file
+    from perturb.baselines import FOLDER, load_baselines
 
     found = load_baselines(asked.model)
     if found is None:
@@ -368,7 +369,10 @@ def _baselines(asked: _Asked) -> Found:
     effects = found.effects(asked.result, asked.chosen, asked.edited)
     skill = found.skill[found.skill["readout"].isin(effects["readout"])].reset_index(drop=True)
     doubts = found.doubts(headline_readouts(asked.result.comparison))
-    return {"effects": effects, "skill": skill}, {"doubts": list(doubts)}
+    # They are no part of the bundle's own hash: baselines may be fitted anew beside the same weights.
+    assert asked.model.folder is not None
+    said = sha256_file(asked.model.folder / FOLDER / "baselines.json")
+    return {"effects": effects, "skill": skill}, {"doubts": list(doubts), "baselines_sha256": said}
 
 
 def _reader(asked: _Asked) -> Found:
