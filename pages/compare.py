@@ -206,6 +206,8 @@ def _compare(workspace: Workspace, model: GE2Hist, source: H5adSource) -> None:
         return
     for recipe in recipes:
         _ui.in_use(recipe, source.path)
+    for sentence in workspace.changed_for_noise:
+        st.caption(f":material/info: {_ui.plain(sentence)}")
     results = [_ui.get_result(recipe) for recipe in recipes]
     missing = [recipe for recipe, result in zip(recipes, results, strict=True) if result is None]
     if missing:

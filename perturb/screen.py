@@ -730,6 +730,7 @@ def on_cluster(
     cells: str,
     cache: DiskCache,
     *,
+    arms: str | None = None,
     pictures: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Draw:
@@ -742,6 +743,7 @@ def on_cluster(
     bundle, cells: paths as the workers see them.
     cache: of this process. Readouts are kept in it in the order in which they arrive, and looked up before a recipe
         is sent out: a screen whose driver was killed goes on from there.
+    arms: folder of the workers' drawn arms, as for :func:`draw_one`.
     pictures: edited pictures of all recipes to come (:attr:`Screen.edited_pictures`), by default of each call.
     on_progress: called after each recipe that arrives or was kept, in this thread.
     """
@@ -766,7 +768,7 @@ def on_cluster(
             tell(recipes[i], total)
         open_ones = [i for i in range(len(recipes)) if i not in found]
         texts = [recipes[i].to_json() for i in open_ones]
-        same = {"bundle": bundle, "cells": cells, "threads": torch.get_num_threads()}
+        same = {"bundle": bundle, "cells": cells, "cache": arms, "threads": torch.get_num_threads()}
         futures = client.map(draw_one, texts, **same, retries=3, pure=False) if texts else []
         place = dict(zip((future.key for future in futures), open_ones, strict=True))
         arriving = iter(as_completed(futures)) if futures else iter(())
@@ -836,7 +838,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"{len(candidates)} candidates; {min(args.keep, len(candidates))} of them drawn, {screen.pictures} pictures")
     print(screen.reach())
     with report_folder(args.out, args.cache, screen.hash) as cache, ExitStack() as stack:
-        draw, show = None, print_progress()
+        kept, draw, show = str(cache.folder.resolve()), None, print_progress()
         if args.scheduler is not None or args.workers is not None:
             client = _client(args.scheduler) if args.workers is None else _local_client(args.workers, stack)
             draw = on_cluster(
@@ -844,6 +846,7 @@ def main(args: argparse.Namespace) -> None:
                 str(Path(args.bundle).resolve()),
                 str(Path(args.cells).resolve()),
                 cache,
+                arms=None if args.workers is None else kept,
                 pictures=screen.edited_pictures,
                 on_progress=show,
             )
@@ -865,9 +868,13 @@ def _client(address: str) -> Any:
 
 def _local_client(workers: int, stack: ExitStack) -> Any:
     """A client of this machine's own cluster, which ends with ``stack``."""
+    import logging
+
     from distributed import Client, LocalCluster
 
-    cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None)
+    cluster = LocalCluster(
+        n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=logging.ERROR
+    )
     return Client(stack.enter_context(cluster))
 
 

@@ -429,13 +429,25 @@ def test_workers_of_this_machine_give_the_numbers_of_one_process_and_report_each
     assert run_command("perturb", "", COMMANDS, [*files, "--out", str(tmp_path / "one")]) == 0
     capsys.readouterr()
     done = subprocess.run(
-        [sys.executable, "-m", "perturb", *files, "--out", str(tmp_path / "two"), "--workers", "2"],
+        [
+            sys.executable,
+            "-m",
+            "perturb",
+            *files,
+            "--out",
+            str(tmp_path / "two"),
+            "--workers",
+            "2",
+            "--cache",
+            str(tmp_path / "kept"),
+        ],
         capture_output=True,
         text=True,
         check=True,
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
     drawn = [line for line in done.stderr.splitlines() if "Drawn" in line]
+    assert len(list((tmp_path / "kept").rglob("*.npz"))) == 5  # the unedited arms for both sets of seeds among them
     assert len(drawn) == 3 and drawn[-1].startswith("100 %")  # two by the first seeds, the better one by the further
     for name in ("guess.csv", "confirmed.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

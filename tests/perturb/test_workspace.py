@@ -324,8 +324,8 @@ def test_what_shared_noise_changes_is_said_for_each_scenario() -> None:
     workspace = Workspace((Scenario("a", first), Scenario("b\nB", other), Scenario("c", first)))
     default = first.sample
     assert workspace.changed_for_noise == (
-        f"The scenario b B is drawn with seeds 0-2 instead of 0-1,7, sampler {default.solver} with {default.steps} "
-        "steps and guidance 1 instead of ddim with 5 steps and guidance 2, encoder seed 0 instead of 3, as the first "
-        "one is.",
+        f"The scenario b B is drawn with seeds 0-2 instead of 0-1,7, sampler {default.solver} with "
+        f"{default.steps} steps and guidance 1 instead of ddim with 5 steps and guidance 2, "
+        "encoder seed 0 instead of 3, as the first one is.",
     )
     assert Workspace().changed_for_noise == ()

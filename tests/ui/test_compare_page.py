@@ -100,6 +100,16 @@ def test_who_opens_a_link_changes_a_list_of_their_own(home: Path, edited: dict[s
     assert len(scenarios(opened(address(guest)))) == 2
 
 
+def test_a_scenario_with_other_seeds_is_said_to_be_drawn_with_those_of_the_first(
+    home: Path, edited: dict[str, str]
+) -> None:
+    at = click(opened(edited), "add scenario")
+    assert not any("instead of" in caption.value for caption in at.caption)
+    at = click(opened(address(at) | {"seeds": "0-3"}), "add scenario")
+    (said,) = [caption.value for caption in at.caption if "instead of" in caption.value]
+    assert "is drawn with seeds 0-1 instead of 0-3, as the first one is" in said.replace("\\", "")
+
+
 def test_reload_and_server_restart_lose_nothing(home: Path, edited: dict[str, str]) -> None:
     at = click(click(opened(edited), "add scenario"), "add scenario")
     st.cache_resource.clear()
