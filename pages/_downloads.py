@@ -62,9 +62,10 @@ def screen_downloads(screen: Screen, result: ScreenResult, model: GE2Hist, cells
     files: tuple[File, ...] = (
         ("Report (HTML)", "html", "text/html", lambda: screen_report.html(*parts())),
         ("Report (PDF)", "pdf", "application/pdf", lambda: screen_report.pdf(*parts())),
-        ("Cells (h5ad)", "h5ad", "application/x-hdf5", h5ad),
         ("Everything (ZIP)", "zip", "application/zip", everything),
     )
+    if len(result.confirmed) and result.confirmed["p"].notna().any():
+        files += (("Cells (h5ad)", "h5ad", "application/x-hdf5", h5ad),)
     _buttons(f"ge2hist-screen-{screen.hash[:8]}", "screen downloads", files)
 
 

@@ -126,7 +126,7 @@ class TypesGrid:
         schema = value.get("schema") if isinstance(value, dict) else None
         if type(schema) is not int or schema != SCHEMA or not isinstance(value.get("sample"), dict):
             raise BadInput(f"The file has no schema {SCHEMA} or no sample: {_CURE}.")
-        value = {name: item for name, item in value.items() if name != "schema"}
+        value = {name: item for name, item in value.items() if name not in ("schema", "notice")}
         try:
             return from_json(cls, value | {"sample": from_json(SampleConfig, value["sample"])})
         except TypeError as error:
@@ -230,7 +230,7 @@ def types_files(
 ) -> dict[str, bytes]:
     """Every file by its relative name: pictures, the sheet of all, statistics, recipe, ``README.txt``."""
     from perturb import pictures
-    from perturb.page import csv_bytes, json_bytes, readme
+    from perturb.page import csv_bytes, json_bytes, noted, readme
 
     side = model.config.tile_px
     origin = {"gallery_sha256": gallery.hash(model.sha256), "model_sha256": model.sha256}
@@ -249,7 +249,7 @@ def types_files(
             files[f"nearest_real/{name}"] = pictures.png_bytes(shown, said)
     table = statistics(gallery, model, images, real)
     files["statistics.csv"] = csv_bytes(table.assign(file=names))
-    files["types.json"] = json_bytes(recipe.to_dict())
+    files["types.json"] = json_bytes(noted(recipe.to_dict()))
     said = {
         "pictures/": "one generated picture per state, all from the same noise",
         "sheet.png": f"all of them, {width} in a row",

@@ -337,9 +337,8 @@ def _statistics(n_cells: int, n_seeds: int, adjusted: str) -> str:
         f"Effects are mean paired differences (edited - unedited) with {100 * LEVEL:g} % bootstrap intervals over "
         f"{unit}s ({N_BOOTSTRAP:,} resamples, percentile levels expanded for small samples; Hesterberg 2015). "
         f"{ALLOWANCE} P-values are two-sided sign-flip p-values under the null hypothesis that the paired differences, "
-        f"one per {unit} (n = {n}), are symmetric about zero ({flips}; the smallest possible "
-        f"p is {smallest_p(n_cells, n_seeds):.2g}; "
-        f"Phipson and Smyth 2010){_q(adjusted)}."
+        f"one per {unit} (n = {n}), are symmetric about zero ({flips}; the smallest possible p is "
+        f"{smallest_p(n_cells, n_seeds):.2g}; Phipson and Smyth 2010){_q(adjusted)}."
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +18,14 @@ from ge2hist_core.types import BadInput, Cells
 from perturb import charts
 from perturb.__main__ import COMMANDS
 from perturb.cache import DiskCache
+from perturb.dose_report import read_series, report_files
 from perturb.doses import COLUMNS, at_dose, at_every_dose, comes_from, dose_series, load_doses, respond, run_doses
 from perturb.edits import Edit, EditSet, Perturbation
 from perturb.recipe import Recipe
 from perturb.run import run
 from perturb.signatures import Signature, expand
 from perturb.tables import statistics
+from perturb.wording import Origin
 
 TOY = Signature("toy", ("GAPDH", "ACTB"), (1.0, -1.0))
 
@@ -132,10 +137,48 @@ def test_the_command_writes_table_and_chart(tiny_folder: Path, demo_cells: Cells
     command = ["dose", str(tmp_path / "recipe.json"), "--bundle", str(tiny_folder), "--out", str(tmp_path / "out")]
     command += ["--cells", str(tmp_path / "cells.h5ad"), "--signature-file", str(tmp_path / "mine.csv")]
     assert run_command("perturb", "", COMMANDS, [*command, "--signature", "mine", "--max-dose", "1"]) == 0
-    assert len((tmp_path / "out" / "doses.csv").read_text().splitlines()) > 7
-    assert "1 of 2 genes" in capsys.readouterr().out
+    out = tmp_path / "out"
+    table = pd.read_csv(out / "doses.csv")
+    assert len(table) > 7 and "1 of 2 genes" in capsys.readouterr().out
+    page = (out / "doses.html").read_text()
+    readouts = table["readout"].nunique()
+    figures = json.loads(page.split('id="figures">')[1].split("</script>")[0])
+    assert page.count('<div id="dose') == len(figures) == readouts
+    value = json.loads((out / "doses.json").read_text())
+    series = read_series(value)
+    assert [dose for dose, _ in series] == sorted(table["dose"].unique()) and value["signature"] == "mine"
+    largest = Recipe.read(out / "recipe.json")
+    assert largest == series[-1][1] and str(largest.perturbation) == "mine@1(GAPDH:x2)"
+    for said in (largest.hash, series[0][1].hash, "bootstrap intervals over noise seeds", "noise seeds", "Apache-2.0"):
+        assert said in page
+    for name in ("doses.json", "recipe.json", "provenance.json"):
+        assert json.loads((out / name).read_text())["notice"] == "Generated, not diagnostic"
+    again = ["--bundle", str(tiny_folder), "--cells", str(tmp_path / "cells.h5ad")]
+    for form in (out, out / "doses.html"):
+        assert run_command("perturb", "", COMMANDS, ["replay", str(form), *again]) == 0
+        assert f"same: {len(table)} rows" in capsys.readouterr().out
+    table.loc[table["dose"].eq(0.5) & table["readout"].eq("density"), "effect"] += 1e6
+    table.to_csv(out / "doses.csv", index=False)
+    assert run_command("perturb", "", COMMANDS, ["replay", str(out), *again]) == 1
+    assert "(0.5, density, effect)" in capsys.readouterr().out
+    del value["series"][2]["recipe"]["cell_ids"]
+    with pytest.raises(BadInput, match="no field 'cell_ids'"):
+        read_series(value)
+    with pytest.raises(BadInput, match="The series of doses is damaged"):
+        read_series({})
     assert run_command("perturb", "", COMMANDS, [*command, "--signature", "mina"]) == 2
     assert "did you mean mine?" in capsys.readouterr().err
+
+
+def test_what_a_signature_is_called_is_escaped(tiny_bundle, demo_cells: Cells, tmp_path: Path) -> None:
+    evil = replace(TOY, name="</script><script>alert(1)</script><b>")
+    series = dose_series(make(tiny_bundle), evil, list(demo_cells.genes), 1.0)
+    table = run_doses(series, tiny_bundle, demo_cells, DiskCache(tmp_path))
+    files = report_files(series, table, evil, Origin.of_model(tiny_bundle, demo_cells))
+    page = files["doses.html"].decode()
+    assert "alert(1)</script>" not in page and "&lt;script&gt;alert(1)" in page
+    named = re.findall(r"^([a-z]+\.[a-z]+) ", files["README.txt"].decode(), re.MULTILINE)
+    assert set(files) == {*named, "README.txt"}
 
 
 def test_a_maximum_of_nothing_is_refused(tiny_bundle, demo_cells: Cells) -> None:

@@ -477,6 +477,21 @@ def files(tiny_bundle, tiny_folder: Path, demo_cells: Cells, tmp_path: Path) -> 
     return ["goal", str(tmp_path / "recipe.json"), *where, "--candidates", "GAPDH:ko,CD3E:ko,JCHAIN:set=9"]
 
 
+def test_a_damaged_goal_is_one_sentence(tiny_bundle) -> None:
+    value = json.loads(json.dumps(make(tiny_bundle).to_dict()))
+    assert Goal.from_dict(value).hash == make(tiny_bundle).hash
+    for change, message in (
+        ({"target": 3}, "no target"),
+        ({"target": {"kind": "moon"}}, "The goal is damaged"),
+        ({"candidates": [1]}, "The goal is damaged"),
+        ({"candidates": ["GAPDH:blow"]}, "Cannot read the edit"),
+        ({"penalty": -1}, "penalty is -1"),
+        ({"beam": "wide"}, "The goal is damaged"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            Goal.from_dict(value | change)
+
+
 GOAL = COMMANDS | {"goal": ("perturb.goal", "search edits that move a niche towards a target")}
 
 
@@ -491,11 +506,22 @@ def test_the_command_writes_the_tables_and_the_chart(files: list[str], tmp_path:
     assert table["size"].max() <= 2 and table["size"].iloc[0] == 0
     page = (tmp_path / "out" / "tradeoff.html").read_text()
     assert "confirmed.csv" in said and "plotly" in page and "Generated, not diagnostic" in page
+    assert Goal.from_dict(written).hash == written["hash"] and written["notice"] == "Generated, not diagnostic"
+    out, again = tmp_path / "out", files[2:6]
+    assert run_command("perturb", "", COMMANDS, ["replay", str(out), *again]) == 0
+    drawn = pd.read_csv(out / "confirmed.csv")
+    assert f"same: {len(table) + len(drawn)} rows" in capsys.readouterr().out
+    drawn.loc[0, "effect"] += 1e6
+    drawn.to_csv(out / "confirmed.csv", index=False)
+    assert run_command("perturb", "", COMMANDS, ["replay", str(out), *again]) == 1
+    assert "effect)" in capsys.readouterr().out
 
 
 def test_a_cells_niche_is_a_target_with_its_real_counts(files: list[str], tiny_bundle, tmp_path: Path) -> None:
     assert run_command("perturb", "", GOAL, [*files, "--like", "cell-30", "--max-edits", "1"]) == 0
-    target = json.loads((tmp_path / "out" / "goal.json").read_text())["target"]
+    written = json.loads((tmp_path / "out" / "goal.json").read_text())
+    target = written["target"]
+    assert Goal.from_dict(written).hash == written["hash"]
     with open_h5ad(tmp_path / "cells.h5ad", tiny_bundle.scgpt.vocab) as source:
         assert target == json.loads(json.dumps({"kind": "niche"} | vars(niche_target(source, "cell-30", tiny_bundle))))
         cell = source.take([30])

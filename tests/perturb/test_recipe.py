@@ -56,6 +56,8 @@ recipes = st.builds(
 def test_json_and_url_read_back_to_the_same_recipe(recipe: Recipe) -> None:
     assert Recipe.from_json(recipe.to_json()) == recipe
     assert Recipe.from_json(json.dumps(recipe.to_dict(), indent=3)).hash == recipe.hash
+    noted = Recipe.from_json(json.dumps({"notice": "Generated"} | recipe.to_dict()))
+    assert noted == recipe and noted.hash == recipe.hash and "notice" not in noted.to_query()
     assert Recipe.from_query(recipe.to_query(), DATA, MODEL, lambda digits: {NETWORK.sha256[:12]: NETWORK}[digits]) == (
         recipe
     )

@@ -11,44 +11,62 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from ge2hist_core.config import SampleConfig
 from ge2hist_core.model import GE2Hist
 from ge2hist_core.types import BadInput, Cells
+from perturb import pictures, screen_report
 from perturb.cache import DiskCache
 from perturb.edits import Perturbation
 from perturb.recipe import Recipe
-from perturb.screen import Screen, ScreenResult, knock_outs, run_screen
-from perturb.screen_report import headline, hits_first, html, report_files, write_report, zip_bytes
+from perturb.result import Result
+from perturb.run import run
+from perturb.screen import Screen, ScreenResult, drawn_readouts, knock_outs, run_screen
+from perturb.screen_report import drawn_results, h5ad, headline, hits_first, html, report_files, write_report, zip_bytes
 from perturb.wording import Origin, screen_question
 
 EVIL = '=x"</script><script>alert(1)</script><b>'
 
 
 @pytest.fixture(scope="module")
-def made(
-    tiny_bundle: GE2Hist, demo_cells: Cells, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Screen, ScreenResult, Origin]:
+def cells(demo_cells: Cells) -> Cells:
     names, genes = demo_cells.cell_id.copy(), demo_cells.genes.copy()
     names[3], genes[genes == "GAPDH"] = EVIL, "<i>GAPDH</i>"
-    cells = replace(demo_cells, cell_id=names, genes=genes)
+    return replace(demo_cells, cell_id=names, genes=genes)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> DiskCache:
+    return DiskCache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def made(tiny_bundle: GE2Hist, cells: Cells, cache: DiskCache) -> tuple[Screen, ScreenResult, Origin]:
     recipe = Recipe("d" * 64, tiny_bundle.sha256, (EVIL,), sample=SampleConfig(steps=2), seeds=(0,))
     screen = Screen(recipe, knock_outs(cells.take([3])), keep=4, first_seeds=(0, 1), further_seeds=(2, 3, 4))
-    cache = DiskCache(tmp_path_factory.mktemp("cache"))
     return screen, run_screen(screen, tiny_bundle, cells, cache), Origin.of_model(tiny_bundle, cells)
 
 
 @pytest.fixture(scope="module")
-def files(made: tuple[Screen, ScreenResult, Origin]) -> dict[str, bytes]:
-    return report_files(*made)
+def drawn(made: tuple[Screen, ScreenResult, Origin], cache: DiskCache) -> dict[str, Result]:
+    return drawn_results(*made[:2], cache)
+
+
+@pytest.fixture(scope="module")
+def files(made: tuple[Screen, ScreenResult, Origin], drawn: dict[str, Result], cells: Cells) -> dict[str, bytes]:
+    return report_files(*made, drawn, cells)
 
 
 def test_all_that_decides_the_screen_is_in_the_file(made, files: dict[str, bytes]) -> None:
     screen = Screen.from_dict(json.loads(files["screen.json"]))
     assert screen == replace(made[0], recipe=screen.recipe) and screen.hash == made[0].hash
+    for name in ("screen.json", "provenance.json"):
+        assert json.loads(files[name])["notice"] == "Generated, not diagnostic"
 
 
 def test_tables_go_home_as_they_are(made, files: dict[str, bytes]) -> None:
@@ -96,6 +114,74 @@ def test_the_page_shows_the_numbers_with_n_interval_null_and_method(made, files:
     assert "predict" not in text.lower()
 
 
+def test_pictures_of_the_tested_candidates_are_those_that_the_p_values_come_from(
+    made, drawn: dict[str, Result], files: dict[str, bytes], tiny_bundle: GE2Hist, cells: Cells
+) -> None:
+    screen, result, _ = made
+    tested = result.confirmed[result.confirmed["p"].notna()]
+    assert list(drawn) == list(dict.fromkeys(tested["candidate"])) and len(drawn) == screen.tested
+    name, first = next(iter(drawn.items()))
+    again = run(screen.edited(Perturbation.parse(name), screen.further_seeds), tiny_bundle, cells)
+    np.testing.assert_array_equal(first.edited_arm.images, again.edited_arm.images)
+    row = tested[(tested["candidate"] == name) & (tested["readout"] == "density")].iloc[0]
+    table = pd.read_csv(io.BytesIO(files["readouts.csv"]))
+    density = table[table["readout"] == "density"].set_index("candidate")["value"]
+    assert (density[name].to_numpy() - density["unedited"].to_numpy()).mean() == pytest.approx(row["effect"])
+    wide = drawn_readouts(first)
+    assert len(table) == len(wide[wide["arm"] == "base"]) * (1 + len(drawn))
+    pngs = [path for path in files if path.startswith("pictures/")]
+    assert len(pngs) == (1 + len(drawn)) * len(screen.further_seeds)
+    shown = Image.open(io.BytesIO(files[[path for path in pngs if path.startswith("pictures/01_")][1]]))
+    assert shown.text["generated"] == "true" and Recipe.from_json(shown.text["recipe"]) == first.recipe
+    np.testing.assert_array_equal(np.asarray(shown), pictures.mark(first.edited_arm.images[1]))
+    page = files["report.html"].decode()
+    assert page.count("<img ") == 5 * len(drawn) and page.count("Generated: edited, same noise") == len(drawn)
+    readme = files["README.txt"].decode()
+    assert all(f"\n{path} " in readme for path in files if "/" not in path and path != "README.txt")
+
+
+def test_the_h5ad_holds_edited_counts_states_and_mean_readouts_of_each_candidate(
+    made, drawn: dict[str, Result], files: dict[str, bytes], cells: Cells, tmp_path: Path
+) -> None:
+    (tmp_path / "candidates.h5ad").write_bytes(files["candidates.h5ad"])
+    table = anndata.read_h5ad(tmp_path / "candidates.h5ad")
+    assert table.obs["candidate"].tolist() == ["unedited", *drawn] and table.obs_names.is_unique
+    genes, counts = list(cells.genes), cells.counts[3].toarray().ravel()
+    for i, (name, result) in enumerate(drawn.items(), start=1):
+        expected, gene = counts.copy(), Perturbation.parse(name).genes[0]
+        assert expected[genes.index(gene)] > 0
+        expected[genes.index(gene)] = 0
+        np.testing.assert_array_equal(table.X[i].toarray().ravel(), expected)
+        np.testing.assert_array_equal(table.obsm["X_z_e"][i], result.edited_arm.latent.z_e[0])
+        np.testing.assert_array_equal(table.obsm["X_scGPT"][i], result.edited_arm.embedding[0])
+        rows = result.readouts[(result.readouts["arm"] == "edited") & (result.readouts["readout"] == "density")]
+        assert table.obs["density"].iloc[i] == pytest.approx(rows["value"].mean())
+    about = table.uns["ge2hist"]
+    assert Screen.from_dict(json.loads(about["screen"])).hash == made[0].hash
+    assert about["notice"] == "Generated, not diagnostic" and table.X[0].toarray().ravel().tolist() == counts.tolist()
+    with pytest.raises(BadInput, match="lack"):
+        report_files(*made, drawn, cells.take([0, 1]))
+    with pytest.raises(BadInput, match="No candidate's pictures are kept"):
+        h5ad(made[0], {}, cells)
+
+
+def test_what_the_cache_lost_is_drawn_again_or_left_out_and_many_pictures_mean_fewer_candidates(
+    made, drawn: dict[str, Result], tiny_bundle: GE2Hist, cells: Cells, tmp_path: Path, monkeypatch
+) -> None:
+    screen, result, origin = made
+    empty = DiskCache(tmp_path)
+    assert drawn_results(screen, result, empty) == {}
+    files = report_files(screen, result, origin, {}, cells)
+    assert b"Pictures and readouts of 0 of the 2 tested candidates are here" in files["README.txt"]
+    assert not any(name.startswith("pictures/") or name.endswith(".h5ad") for name in files)
+    monkeypatch.setattr(screen_report, "MAX_PICTURES", len(screen.further_seeds))
+    again = drawn_results(screen, result, empty, lambda recipe: run(recipe, tiny_bundle, cells))
+    assert list(again) == list(drawn)[:1]
+    np.testing.assert_array_equal(
+        again[next(iter(again))].edited_arm.images, drawn[next(iter(drawn))].edited_arm.images
+    )
+
+
 def test_hits_come_first_and_a_hit_needs_q_and_replication() -> None:
     columns = ["candidate", "readout", "unit", "first_effect", "effect", "low", "high", "p", "q", "n", "replicated"]
     rows = [
@@ -129,12 +215,15 @@ def test_part_of_a_screen_is_reported_as_a_part(made) -> None:
     assert report_files(screen, nothing, origin)["report.pdf"].startswith(b"%PDF")
 
 
-def test_the_same_screen_gives_the_same_bytes(made, files: dict[str, bytes], tmp_path: Path) -> None:
-    again = zip_bytes(*made)
+def test_the_same_screen_gives_the_same_bytes(
+    made, drawn: dict[str, Result], cells: Cells, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    again = zip_bytes(*made, drawn, cells)
     with zipfile.ZipFile(io.BytesIO(again)) as archive:
         assert {name: archive.read(name) for name in archive.namelist()} == files
-    paths = write_report(*made, tmp_path)
-    assert paths[0].name == "report.html" and all(path.read_bytes() == files[path.name] for path in paths)
+    paths = write_report(*made, tmp_path, drawn, cells)
+    assert paths[0].name == "report.html"
+    assert {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in paths} == files
 
 
 def test_questions_name_what_was_screened(made) -> None:

@@ -7,6 +7,7 @@ import argparse
 import io
 import json
 import os
+import re
 import time
 import zipfile
 from dataclasses import replace
@@ -19,16 +20,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 
+from ge2hist_core.__main__ import run_command
 from ge2hist_core.config import SampleConfig
 from ge2hist_core.data import open_h5ad, write_cells
 from ge2hist_core.model import GE2Hist
 from ge2hist_core.types import BadInput, Cells
 from perturb import compare
+from perturb.__main__ import COMMANDS
 from perturb.edits import Perturbation
 from perturb.grn import Network, Propagation, pack_network
 from perturb.networks import known_truth
+from perturb.page import write_files, zip_of
 from perturb.recipe import Recipe
-from perturb.replay import read_report
+from perturb.replay import read_report, rerun
 from perturb.result import Result
 from perturb.run import cells_for, run
 from perturb.stats import crossed_effect
@@ -260,6 +264,99 @@ def test_the_command_line_writes_what_the_page_gives(
     (sentence,) = two.changed_for_noise
     assert "recipe1 is drawn with " in sentence
     assert sentence in printed.splitlines() and sentence in archive.read("README.txt").decode().splitlines()
+
+
+@pytest.fixture(scope="module")
+def written(
+    workspace: Workspace, results: list[Result], demo_cells: Cells, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Folder, ZIP and page of the three scenarios."""
+    folder = tmp_path_factory.mktemp("written")
+    files = compare.comparison_files(workspace, results, [demo_cells] * 3, "ko")
+    write_files(files, folder / "all")
+    (folder / "all.zip").write_bytes(zip_of(files))
+    return folder
+
+
+def test_one_page_holds_the_pictures_both_tables_and_what_the_intervals_cover(
+    workspace: Workspace, results: list[Result], written: Path
+) -> None:
+    page = (written / "all" / "comparison.html").read_text()
+    text = " ".join(re.sub(r"<[^>]+>", " ", page[: page.index('<script type="application/json"')]).split())
+    effects = effects_table([one.name for one in workspace.scenarios], results)
+    contrasts = contrast_table([one.name for one in workspace.scenarios], results, "ko")
+    for table in (effects, contrasts):
+        row = table[table["readout"] == "density"].iloc[-1]
+        assert f"{row['low']:.3g} to {row['high']:.3g}" in text
+    for phrase in (
+        "more/../up",
+        "GAPDH knocked out",
+        "Generated: unedited, cell cell-3",
+        "Generated: unedited, cell cell-20",
+        "Generated: other cells",
+        "ko, more/../up:",
+        "The interval is over 2 cells and 3 noise seeds as two crossed random factors",
+        "The smallest p that 3 seeds can give is 0.25",
+        "noise seeds",
+        results[0].recipe.hash,
+        "Apache-2.0",
+        "Scenarios of other cells are paired by their mean over the cells of each seed",
+    ):
+        assert phrase in text, phrase
+    shown = page[: page.index("<details>")]
+    assert shown.count("<img ") == 2 + len(results)  # two unedited niches, three edited ones
+    figures = json.loads(re.search(r'id="figures">(.*?)</script>', page, re.DOTALL)[1])
+    named = [trace["name"] for trace in figures["panels"]["data"] if trace.get("showlegend") is not False]
+    assert named == [one.name for one in workspace.scenarios]
+    assert (written / "all" / "comparison.pdf").read_bytes().startswith(b"%PDF")
+    for name in ("workspace.json", "provenance.json"):
+        assert json.loads((written / "all" / name).read_text())["notice"] == "Generated, not diagnostic"
+    assert Workspace.from_json((written / "all" / "workspace.json").read_text()) == workspace
+
+
+@pytest.mark.parametrize("form", ["all", "all.zip", "all/comparison.html"])
+def test_scenarios_replay_to_the_same_numbers(written: Path, tiny_folder: Path, cells_file: Path, form, capsys) -> None:
+    command = ["replay", str(written / form), "--bundle", str(tiny_folder), "--cells", str(cells_file)]
+    assert run_command("perturb", "", COMMANDS, command) == 0
+    n = sum(len((written / "all" / f"{name}.csv").read_text().splitlines()) - 1 for name in ("effects", "contrasts"))
+    assert f"same: {n} rows" in capsys.readouterr().out
+
+
+def test_a_changed_contrast_or_reference_is_found(
+    written: Path, tiny_folder: Path, cells_file: Path, tmp_path: Path, capsys
+) -> None:
+    for name in ("workspace.json", "effects.csv", "contrasts.csv"):
+        (tmp_path / name).write_bytes((written / "all" / name).read_bytes())
+    table = pd.read_csv(tmp_path / "contrasts.csv")
+    table.loc[table["scenario"].eq("other cells") & table["readout"].eq("density"), "effect"] += 1e6
+    table.to_csv(tmp_path / "contrasts.csv", index=False)
+    command = ["replay", str(tmp_path), "--bundle", str(tiny_folder), "--cells", str(cells_file)]
+    assert run_command("perturb", "", COMMANDS, command) == 1
+    assert "(other cells, ko, density, effect)" in capsys.readouterr().out
+    value = json.loads((tmp_path / "workspace.json").read_text()) | {"reference": "nobody"}
+    (tmp_path / "workspace.json").write_text(json.dumps(value))
+    with pytest.raises(BadInput, match="'nobody' is none of the scenarios"):
+        read_report(tmp_path)
+
+
+def test_a_scenarios_network_comes_with_the_comparison(
+    tiny_bundle: GE2Hist, workspace: Workspace, demo_cells: Cells, tmp_path: Path
+) -> None:
+    network = Network(np.array(["GAPDH"]), np.array(["ACTB"]), np.array([0.8]), "mine")
+    plain = workspace.scenarios[0].recipe
+    spread = replace(plain, propagation=Propagation(network.sha256, network.name))
+    two = Workspace().added("<b>direct</b>", plain).added("spread", spread)
+    results = [run(one, tiny_bundle, demo_cells, network=network) for one in two.on_shared_noise]
+    files = compare.comparison_files(two, results, [demo_cells, demo_cells], "spread")
+    assert "<b>direct" not in files["comparison.html"].decode().split('<script type="application/json"')[0]
+    write_files(files, tmp_path)
+    for form in (tmp_path, tmp_path / "comparison.html"):
+        saved = read_report(form)
+        assert [one if one is None else one.sha256 for one in map(saved.network_of, saved.recipes)] == [
+            None,
+            network.sha256,
+        ]
+        assert rerun(saved, tiny_bundle, [demo_cells, demo_cells]).same
 
 
 def test_a_name_cannot_leave_the_folder(workspace: Workspace, results: list[Result], demo_cells: Cells) -> None:

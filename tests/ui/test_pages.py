@@ -335,6 +335,7 @@ def test_seven_doses_are_drawn_by_the_worker(settings: pytest.MonkeyPatch) -> No
     at.run()
     assert not at.exception and at.get("plotly_chart")
     assert "half-effective dose" in texts(at).lower()
+    assert "Report (ZIP)" in {button.proto.label for button in at.get("download_button")}
 
 
 def test_a_screen_runs_in_the_worker_and_shows_its_tables(settings: pytest.MonkeyPatch) -> None:
@@ -352,6 +353,8 @@ def test_a_screen_runs_in_the_worker_and_shows_its_tables(settings: pytest.Monke
     at.run()
     assert not at.exception and len(at.dataframe) == 2 and at.get("plotly_chart")
     assert "Start the screen" not in {button.label for button in at.button}
+    labels = {button.proto.label for button in at.get("download_button")}
+    assert {"Report (HTML)", "Report (PDF)", "Cells (h5ad)", "Everything (ZIP)"} <= labels
 
 
 def test_types_and_environments_are_drawn_by_the_worker(settings: pytest.MonkeyPatch, tmp_path: Path) -> None:

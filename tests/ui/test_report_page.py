@@ -21,8 +21,9 @@ from ge2hist_core.data import open_h5ad, write_cells
 from ge2hist_core.model import GE2Hist
 from ge2hist_core.types import Cells
 from pages import _ui
-from perturb import screen_report
+from perturb import compare, dose_report, screen_report
 from perturb.cache import DiskCache
+from perturb.doses import dose_series, run_doses
 from perturb.edits import Perturbation
 from perturb.grn import Network, Propagation
 from perturb.networks import keep_network
@@ -30,10 +31,13 @@ from perturb.recipe import Recipe
 from perturb.report import html, zip_bytes
 from perturb.run import cells_for, run
 from perturb.screen import Screen, knock_outs, run_screen
+from perturb.signatures import Signature
 from perturb.wording import Origin
+from perturb.workspace import Workspace
 
 APP = Path(__file__).parents[2] / "app.py"
 TIMEOUT = 300
+MINE = Signature("mine", ("GAPDH",), (1.0,))
 NETWORK = Network(np.array(["GAPDH"]), np.array(["ACTB"]), np.array([0.8]), "a network that only the report has")
 
 
@@ -52,6 +56,9 @@ def reports(tiny_folder: Path, demo_cells: Cells, tmp_path_factory: pytest.TempP
     with_network = run(spread, model, cells, network=NETWORK)
     screen = Screen(recipe.base, knock_outs(cells.take([0]))[:3], keep=2, first_seeds=(0, 1), further_seeds=(2, 3))
     found = run_screen(screen, model, cells, DiskCache(folder / "cache"))
+    both = Workspace().added("direct", recipe).added("spread", spread)
+    series = dose_series(recipe.base, MINE, list(cells.genes), 1.0)
+    doses = run_doses(series, model, cells, DiskCache(folder / "cache"))
     return {
         "cells.h5ad": (folder / "cells.h5ad").read_bytes(),
         "report.zip": zip_bytes(result, cells),
@@ -59,6 +66,8 @@ def reports(tiny_folder: Path, demo_cells: Cells, tmp_path_factory: pytest.TempP
         "network.json": spread.to_json().encode(),
         "report.html": html(result).encode(),
         "screen.zip": screen_report.zip_bytes(screen, found, Origin.of_model(model, cells)),
+        "scenarios.zip": compare.zip_bytes(both, [result, with_network], [cells, cells], "direct"),
+        "doses.zip": dose_report.zip_bytes(series, doses, MINE, Origin.of_model(model, cells)),
     }
 
 
@@ -98,7 +107,7 @@ def replay(at: AppTest) -> AppTest:
     return at.run()
 
 
-@pytest.mark.parametrize("name", ["report.zip", "report.html", "screen.zip"])
+@pytest.mark.parametrize("name", ["report.zip", "report.html", "screen.zip", "scenarios.zip", "doses.zip"])
 def test_an_uploaded_report_is_run_again_and_found_the_same(
     page: AppTest, reports: dict[str, bytes], name: str
 ) -> None:
