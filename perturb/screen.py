@@ -781,8 +781,9 @@ def main(args: argparse.Namespace) -> None:
         if args.scheduler:
             client = stack.enter_context(_client(args.scheduler))
             draw = on_cluster(client, str(Path(args.bundle).resolve()), str(Path(args.cells).resolve()), cache)
-        result = run_screen(screen, model, cells, cache, draw=draw, on_progress=print_progress())
-        drawn = drawn_results(screen, result, cache, lambda one: run(one, model, cells, cache=cache))
+        show = print_progress()
+        result = run_screen(screen, model, cells, cache, draw=draw, on_progress=show)
+        drawn = drawn_results(screen, result, cache, lambda one: run(one, model, cells, cache=cache, on_progress=show))
     print(headline(result, screen))
     for path in write_report(screen, result, Origin.of_model(model, cells), args.out, drawn, cells):
         print(path)
