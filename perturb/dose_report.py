@@ -80,8 +80,10 @@ def html(
         found = respond(table, readout)
         curve = None if found.hill is None else hill_curve(found.hill, table["dose"].to_numpy())
         figure = charts.dose_response(table, readout, signature.dose_unit, curve=curve)
-        figure.update_yaxes(title_font_size=11)
-        figures[f"dose{i}"] = figure.update_layout(height=320, title={"text": charts.readable(readout)})
+        figure.update_yaxes(title_font_size=10).update_xaxes(title_font_size=11)
+        figures[f"dose{i}"] = figure.update_layout(
+            height=320, title={"text": charts.readable(readout), "font": {"size": 14}}
+        )
     machine = _pack(series) | {"provenance": origin.provenance, "doses": csv_bytes(table).decode()}
     return render(
         "dose_report.html.j2",

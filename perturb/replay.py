@@ -247,7 +247,7 @@ def _tables(read: Part, names: Sequence[str]) -> dict[str, bytes]:
 
 def _of_workspace(value: dict[str, Any], read: Part, provenance: dict[str, Any]) -> SavedReport:
     """Scenarios in files."""
-    networks = json.loads(read("networks.json") or b"{}").get("networks", [])
+    networks = parse_json(read("networks.json") or b"{}", "networks.json", CURE).get("networks", [])
     return _scenarios(value, _tables(read, ("effects", "contrasts")), provenance, networks)
 
 
@@ -268,7 +268,7 @@ def _of_doses(value: dict[str, Any], read: Part, provenance: dict[str, Any]) -> 
     from perturb.dose_report import read_series
 
     network = read("network.json")
-    packed = None if network is None else json.loads(network)
+    packed = None if network is None else parse_json(network, "network.json", CURE)
     return _saved(read_series(value), _tables(read, ("doses",)), provenance, packed)
 
 

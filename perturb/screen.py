@@ -851,7 +851,7 @@ def main(args: argparse.Namespace) -> None:
                 on_progress=show,
             )
         result = run_screen(screen, model, cells, cache, draw=draw, on_progress=show)
-        drawn = drawn_results(screen, result, cache, lambda one: run(one, model, cells, cache=cache))
+        drawn = drawn_results(screen, result, cache, lambda one: run(one, model, cells, cache=cache, on_progress=show))
     print(headline(result, screen))
     for path in write_report(screen, result, Origin.of_model(model, cells), args.out, drawn, cells):
         print(path)
