@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,8 @@ from ge2hist_core.simulator.command import simulate_sections
 from ge2hist_core.simulator.expression import load_genes
 from ge2hist_core.store import TissueStore, write_store
 from ge2hist_core.types import BadInput
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def table(x, y, kind):
@@ -297,3 +300,15 @@ def test_spots_judges_a_bundle_on_sections_it_has_not_seen(tmp_path, tiny_folder
     assert kid["ge2hist"] > kid["nearest-tile"] and kid["ge2hist"] > kid["floor"]
     assert set(kid) == {"ge2hist", "nearest-tile", "shuffled", "floor", "autoencoder of the real tile"}
     assert result["read_back"]["real"]["n"] == 6
+
+
+# --- the real thing -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data are not beside the project")
+def test_the_segmenter_on_annotated_tissue_is_as_good_as_the_docs_say():
+    figures = real_data.nuclei(REAL)
+    f1 = {name: figures[name]["IoU 0.5"]["f1"]["value"] for name in figures}
+    assert figures["monuseg"]["nuclei"] == 1515 and figures["consep"]["nuclei"] == 15555
+    assert f1["monuseg"] > 0.63 and f1["consep"] > 0.31

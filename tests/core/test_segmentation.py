@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import io
-import xml.etree.ElementTree as ElementTree
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +10,6 @@ import shapely
 import tifffile
 from PIL import Image
 from skimage.draw import disk
-from skimage.draw import polygon as fill
 from skimage.measure import label, regionprops_table
 from skimage.segmentation import expand_labels
 
@@ -33,7 +27,6 @@ from ge2hist_core.types import BadInput
 
 UM_PER_PX = 0.5
 SIDE = 400
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 class Threshold:
@@ -207,68 +200,3 @@ def test_unknown_and_absent_segmenters_say_what_to_do(tmp_path):
         if importlib.util.find_spec(name) is None:
             with pytest.raises(BadInput, match=f"pip install {name}"):
                 load_segmenter(name)
-
-
-# --- Judged on annotated H&E --------------------------------------------------------------------------------------
-
-
-def matched_at_half(found: np.ndarray, true: np.ndarray) -> tuple[int, int, int]:
-    """Pairs with IoU > 0.5 (there can be one per nucleus at the most), found and true nuclei."""
-    both = np.stack([found.ravel(), true.ravel()], axis=1)
-    pairs, overlap = np.unique(both[(both > 0).all(axis=1)], axis=0, return_counts=True)
-    areas = [np.bincount(v.ravel()) for v in (found, true)]
-    iou = overlap / (areas[0][pairs[:, 0]] + areas[1][pairs[:, 1]] - overlap)
-    return int((iou > 0.5).sum()), int((areas[0][1:] > 0).sum()), int((areas[1][1:] > 0).sum())
-
-
-def f1(parts: list[tuple[int, int, int]]) -> dict[str, float]:
-    hit, found, true = np.array(parts).sum(axis=0)
-    return {"precision": float(hit / found), "recall": float(hit / true), "f1": float(2 * hit / (found + true))}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (REAL / "monuseg").is_dir(), reason="needs the annotated H&E")
-def test_figures_on_annotated_monuseg(tmp_path):
-    """Whole images of 1000 px led through the tiles. The challenge's measure was AJI, 0.69 for its winner, a trained
-    network (Kumar et al. 2020, doi:10.1109/TMI.2019.2947628); F1 at IoU 0.5 is another measure."""
-    parts = []
-    for file in sorted((REAL / "monuseg").glob("*.xml.gz")):
-        text = gzip.decompress(file.read_bytes())
-        stem = file.name.split(".")[0]
-        true = np.zeros((1000, 1000), np.int32)
-        for i, region in enumerate(ElementTree.fromstring(text).iter("Region"), start=1):
-            xy = np.array([(float(v.get("X")), float(v.get("Y"))) for v in region.iter("Vertex")])
-            true[fill(xy[:, 1], xy[:, 0], true.shape)] = i
-        Image.open(file.with_name(f"{stem}.tif")).convert("RGB").save(tmp_path / "he.png")
-        labels = np.zeros(true.shape, np.int32)
-        with SlideImage(tmp_path / "he.png", um_per_px=0.25) as image:
-            list(segment(image, Crop(0, 0, 1000, 1000), 0.25, load_segmenter("classical"), labels))
-        parts.append(matched_at_half(labels, true))
-        print(stem, f1(parts[-1:]))
-    figures = f1(parts)
-    print("monuseg, classical:", figures)
-    assert len(parts) == 4 and figures["f1"] > 0.6
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (REAL / "consep").is_dir(), reason="needs the annotated H&E")
-def test_figures_on_annotated_consep(tmp_path):
-    """One tile of each of the 27 images; HoVer-Net, trained on this set, gives an F1 of detection of 0.748 on its
-    test images, by centres (Graham et al. 2019, doi:10.1016/j.media.2019.101563)."""
-    archive = np.load(REAL / "consep" / "instances.npz")
-    names, maps = (archive[k] for k in sorted(archive.files, key=lambda k: archive[k].ndim))
-    first = {}
-    for i, name in enumerate(names.astype(str)):
-        first.setdefault("_".join(name.split("_")[:2]), (name, i))
-    parts = []
-    with zipfile.ZipFile(REAL / "consep" / "images.zip") as images:
-        members = {Path(m).stem: m for m in images.namelist()}
-        for name, i in first.values():
-            Image.open(io.BytesIO(images.read(members[Path(name).stem]))).convert("RGB").save(tmp_path / "he.png")
-            labels = np.zeros(maps[i].shape, np.int32)
-            with SlideImage(tmp_path / "he.png", um_per_px=0.25) as image:
-                list(segment(image, Crop(0, 0, *labels.shape), 0.25, load_segmenter("classical"), labels))
-            parts.append(matched_at_half(labels, maps[i].astype(np.int32)))
-    figures = f1(parts)
-    print("consep, classical:", figures)
-    assert len(parts) >= 20 and figures["f1"] > 0.25
