@@ -162,6 +162,17 @@ def test_missed_invented_and_misnamed_nuclei_count_against_a_type():
     assert value["right of matched"] == pytest.approx(2 / 3)
 
 
+def test_a_reader_told_another_scale_finds_the_same_places():
+    class Middle:
+        def read(self, images, um_per_px):
+            middle = images.shape[1] / 2 * um_per_px
+            return [table([middle], [middle], ["A"]).assign(area_um2=4.0)]
+
+    (found,) = real_data.Told(Middle(), 0.7).read(np.zeros((1, 64, 64, 3), np.uint8))
+    np.testing.assert_allclose(found[["x_um", "y_um"]], 16.0)
+    assert found["area_um2"].item() == pytest.approx(4 * (0.5 / 0.7) ** 2)
+
+
 def test_difference_of_two_readers_is_paired_by_image():
     draw = np.random.default_rng(1)
     true = draw.integers(20, 400, 8)
@@ -312,3 +323,4 @@ def test_the_segmenter_on_annotated_tissue_is_as_good_as_the_docs_say():
     f1 = {name: figures[name]["IoU 0.5"]["f1"]["value"] for name in figures}
     assert figures["monuseg"]["nuclei"] == 1515 and figures["consep"]["nuclei"] == 15555
     assert f1["monuseg"] > 0.63 and f1["consep"] > 0.31
+    assert len(f1) == 3
