@@ -697,7 +697,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     part("nuclei", "the training-free segmenter on monuseg and consep")
     child = part("reader", "the small reader trained on consep, against the demo bundle's")
-    child.add_argument("--steps", type=int, default=450)
+    child.add_argument("--steps", type=int, default=1500)
     child.add_argument("--batch-size", type=int, default=8, help="crops of 48 um")
     child.add_argument("--test", type=int, default=8, help="images to judge on")
     child.add_argument("--validation", type=int, default=4, help="images that set threshold and type bias")
