@@ -22,6 +22,16 @@ MAX_DEPTH = 50
 and what is nested almost as deep cannot be printed in a message."""
 
 
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+
+
+def _share(path: Path) -> None:
+    """Give a file the rights that new files have: some writers make it readable to its owner alone."""
+    if path.is_file() and not path.is_symlink():
+        path.chmod(0o666 & ~_UMASK)
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file path beside ``path``; it takes that name only if the block ends without an error."""
@@ -31,6 +41,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         yield temporary
+        _share(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -46,6 +57,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     old = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            _share(file)
         if path.exists():
             path.rename(old)
         temporary.rename(path)

@@ -1,4 +1,4 @@
-"""The folder of a report: claimed before anything is drawn, not shared by two reports, work kept when interrupted."""
+"""Files, and the folder of a report: claimed before anything is drawn, not shared by two reports, work kept when interrupted."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from ge2hist_core.__main__ import run_command
+from ge2hist_core.files import atomic_folder, atomic_path
 from ge2hist_core.types import BadInput
 from perturb.__main__ import COMMANDS
 from perturb.cache import report_folder
@@ -65,3 +67,18 @@ def test_a_file_that_cannot_be_written_is_one_sentence_of_the_command_line(tmp_p
     assert run_command("perturb", "", COMMANDS, command) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and str(tmp_path) in said and len(said.splitlines()) == 1
+
+
+def test_what_is_written_can_be_read_by_whoever_may_read_new_files(tmp_path: Path) -> None:
+    """safetensors makes its files readable to their owner alone."""
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    with atomic_path(tmp_path / "one.safetensors") as temporary:
+        save_file({"x": np.zeros(2)}, temporary)
+        temporary.chmod(0o600)
+    with atomic_folder(tmp_path / "bundle") as folder:
+        (folder / "unet").mkdir()
+        save_file({"x": np.zeros(2)}, folder / "unet" / "two.safetensors")
+        (folder / "unet" / "two.safetensors").chmod(0o600)
+    for name in ("one.safetensors", "bundle/unet/two.safetensors"):
+        assert (tmp_path / name).stat().st_mode == usual
