@@ -135,7 +135,8 @@ def _show(recipe: TypesGrid, gallery: Gallery, model: GE2Hist, images: Any) -> N
             "Distance: root mean square over z_c and z_e in standard deviations of the real tiles; about 1.4 lies "
             "between two unrelated cells."
         )
-    _tables.show(table.drop(columns="row") if gallery.paired else table)
+    names = {"column": "way"} if gallery.paired else {"row": "cell type", "column": "environment"}
+    _tables.show((table.drop(columns="row") if gallery.paired else table).rename(columns=names))
     st.caption(
         "One picture each, nuclei read from it: density in cells/mm², spacing in µm, shares as fractions. A single "
         "draw says little about a type; change the seed to see others."
