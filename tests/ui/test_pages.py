@@ -222,7 +222,7 @@ def test_changing_the_page_keeps_the_experiment(settings: pytest.MonkeyPatch) ->
     ("content", "says"),
     [
         (b"\x80abc", "not a text file"),
-        (b"{", "not JSON"),
+        (b"{", "not valid JSON"),
         (b'{"schema": 99}', "schema 99"),
     ],
 )
