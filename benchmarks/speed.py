@@ -124,11 +124,16 @@ def app() -> dict[str, float]:
                     break
                 except Exception:  # noqa: BLE001 - the server is not up yet
                     time.sleep(0.1)
-            page.set_default_timeout(300_000)
+            page.set_default_timeout(120_000)
             page.get_by_alt_text("Generated H&E picture of the niche, Before: unedited").wait_for()
             first = time.perf_counter() - start
+            still = page.locator("[data-testid='stApp'][data-test-script-state='notRunning']")
+            still.wait_for()
             page.locator("[class*='st-key-suggest'] button").first.click()
-            page.locator("label", has_text="Knock out").first.click()
+            page.locator("[class*='st-key-gene-'] label", has_text="Knock out").first.wait_for()
+            still.wait_for()
+            page.locator("[class*='st-key-gene-'] label", has_text="Knock out").first.click()
+            page.get_by_alt_text("Generated H&E picture of the niche, After: edited, same noise").wait_for()
             page.get_by_role("button", name="Compare over 16 seeds").click()
             page.get_by_role("combobox", name="Seed", exact=True).wait_for()
             status = Path(f"/proc/{server.pid}/status").read_text()
@@ -145,8 +150,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    text = json.dumps({k: round(v, 3) for k, v in (engine(args.repeats) | screen() | app()).items()}, indent=1)
-    print(text)
+    figures: dict[str, float] = {}
+    for part in (lambda: engine(args.repeats), screen, app):
+        found = {name: round(value, 3) for name, value in part().items()}
+        print(json.dumps(found, indent=1), flush=True)  # a later part may fail
+        figures |= found
+    text = json.dumps(figures, indent=1)
     if args.out:
         args.out.write_text(text + "\n", encoding="utf-8")
 
