@@ -1,4 +1,4 @@
-"""Files, and the folder of a report: claimed before anything is drawn, not shared by two reports, work kept when interrupted."""
+"""Files, and the folder of a report: claimed before anything is drawn, for one report, work kept when interrupted."""
 
 from __future__ import annotations
 
