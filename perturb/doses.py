@@ -232,12 +232,11 @@ def main(args: argparse.Namespace) -> None:
     series = dose_series(recipe, signature, list(cells.genes), args.max_dose)
     for sentence in expand(signature, list(cells.genes), args.max_dose).sentences:
         print(sentence)
-    key = hashlib.sha256("".join(one.hash for _, one in series).encode()).hexdigest()
-    with report_folder(args.out, args.cache, key) as cache:
+    with report_folder(args.out, args.cache, series_key(series)) as cache:
         table = run_doses(series, model, cells, cache, network=network, on_progress=print_progress())
-    origin = replace(Origin.of_model(model, cells), network="" if network is None else network.source)
-    for path in write_files(report_files(series, table, signature, origin, network), args.out):
-        print(path)
+        origin = replace(Origin.of_model(model, cells), network="" if network is None else network.source)
+        for path in write_files(report_files(series, table, signature, origin, network), args.out):
+            print(path)
     for readout in ("density", "spacing"):
         found = respond(table, readout)
         said = found.reason if found.hill is None else (

@@ -621,7 +621,6 @@ def main(args: argparse.Namespace) -> None:
     ------
     BadInput: a recipe, target, bundle or data file that cannot be used, or that do not belong together.
     """
-
     from ge2hist_core.data import open_cells
     from perturb import charts
     from perturb.cache import report_folder
@@ -648,16 +647,16 @@ def main(args: argparse.Namespace) -> None:
     print(goal.reach())
     with report_folder(args.out, args.cache, goal.hash) as cache:
         result = run_goal(goal, model, cells, cache, on_progress=print_progress())
-    said = sentences(goal, result)
-    value = goal.to_dict() | {"hash": goal.hash, "searched": result.searched, "sentences": said}
-    files = {
-        "goal.json": json_bytes(noted(value)),
-        "provenance.json": json_bytes(noted(Origin.of_model(model, cells).provenance)),
-        "tradeoff.csv": csv_bytes(result.tradeoff),
-        "confirmed.csv": csv_bytes(result.confirmed),
-        "tradeoff.html": chart_page(charts.tradeoff(result.tradeoff), "Edits towards a target", said),
-    }
-    for sentence in said:
-        print(sentence)
-    for path in write_files(files, args.out):
-        print(path)
+        said = sentences(goal, result)
+        value = goal.to_dict() | {"hash": goal.hash, "searched": result.searched, "sentences": said}
+        files = {
+            "goal.json": json_bytes(noted(value)),
+            "provenance.json": json_bytes(noted(Origin.of_model(model, cells).provenance)),
+            "tradeoff.csv": csv_bytes(result.tradeoff),
+            "confirmed.csv": csv_bytes(result.confirmed),
+            "tradeoff.html": chart_page(charts.tradeoff(result.tradeoff), "Edits towards a target", said),
+        }
+        for sentence in said:
+            print(sentence)
+        for path in write_files(files, args.out):
+            print(path)

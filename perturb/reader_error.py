@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
 
 from ge2hist_core import rng
 from ge2hist_core.intervals import expanded_tail
 from ge2hist_core.reader_error import ReaderError
+from perturb.stats import allowance
 
 __all__ = ["COVERS", "N_RESAMPLES", "corrected_comparison", "count_table"]
 
@@ -81,7 +81,8 @@ def corrected_comparison(
         tail = expanded_tail(min(m for m in (n_cells, n_seeds) if m > 1), level)
         low, high = _quantiles(effects, tail), _quantiles(effects, 1 - tail)
         if not np.array_equal(base, edited):
-            value, allowed = corrected[1] - corrected[0], _allowance(arms, area_mm2, level)
+            value = corrected[1] - corrected[0]
+            allowed = allowance(_steps(arms, area_mm2), n_cells * n_seeds, level)
             low = value - np.hypot(np.maximum(value - low, 0.0), allowed)
             high = value + np.hypot(np.maximum(high - value, 0.0), allowed)
         variance = _variance(effects)
@@ -109,12 +110,10 @@ def _readouts(counts: np.ndarray, area_mm2: float) -> np.ndarray:
     return np.concatenate([total / area_mm2, counts / area_mm2, fraction], axis=-1)
 
 
-def _allowance(arms: np.ndarray, area_mm2: float, level: float) -> np.ndarray:
-    """Half-width ``[readout]`` of what two further values half a nucleus about the mean add to an interval."""
-    k, pictures = arms.shape[-1], arms.shape[1] * arms.shape[2]
-    nuclei = float(arms.sum(axis=-1).mean())
-    step = np.array([1.0 / area_mm2] * (1 + k) + [1.0 / nuclei if nuclei else 0.0] * k)
-    return norm.ppf((1 + level) / 2) * step / (np.sqrt(2) * pictures)
+def _steps(arms: np.ndarray, area_mm2: float) -> np.ndarray:
+    """What one nucleus more or less makes of each readout ``[readout]``."""
+    k, nuclei = arms.shape[-1], float(arms.sum(axis=-1).mean())
+    return np.array([1.0 / area_mm2] * (1 + k) + [1.0 / nuclei if nuclei else 0.0] * k)
 
 
 def _resampled(

@@ -852,9 +852,9 @@ def main(args: argparse.Namespace) -> None:
             )
         result = run_screen(screen, model, cells, cache, draw=draw, on_progress=show)
         drawn = drawn_results(screen, result, cache, lambda one: run(one, model, cells, cache=cache, on_progress=show))
-    print(headline(result, screen))
-    for path in write_report(screen, result, Origin.of_model(model, cells), args.out, drawn, cells):
-        print(path)
+        print(headline(result, screen))
+        for path in write_report(screen, result, Origin.of_model(model, cells), args.out, drawn, cells):
+            print(path)
 
 
 def _client(address: str) -> Any:

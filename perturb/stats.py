@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import norm
@@ -20,6 +21,7 @@ from ge2hist_core.types import BadInput
 __all__ = [
     "EXACT_UP_TO",
     "Estimate",
+    "allowance",
     "bh_fdr",
     "bootstrap_mean",
     "clustered_ratio",
@@ -120,9 +122,13 @@ def crossed_mean(values: np.ndarray, seed: int, level: float = 0.95, step: float
     if n == 0:
         return Estimate(float("nan"), float("nan"), float("nan"), 0, level)
     mean, error, freedom = _crossed(values)
-    upper = (1 + level) / 2
-    half = np.hypot(student_t.ppf(upper, freedom) * error, norm.ppf(upper) * step / (np.sqrt(2) * n))
+    half = np.hypot(student_t.ppf((1 + level) / 2, freedom) * error, allowance(step, n, level))
     return Estimate(mean, float(mean - half), float(mean + half), n, level)
+
+
+def allowance(step: float | np.ndarray, n: int, level: float = 0.95) -> Any:
+    """Half-width that two further values half a step about the mean of ``n`` add to an interval, root of squares."""
+    return norm.ppf((1 + level) / 2) * step / (np.sqrt(2) * n)
 
 
 def _crossed(values: np.ndarray) -> tuple[float, float, float]:
